@@ -1,0 +1,41 @@
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench clean
+export OMP_NUM_THREADS ?= 1
+
+BIN := .venv/bin
+STAMP := .venv/.complete
+EXTRAS := dev,transformers
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv once, with the exact versions of constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	@rm -f $@
+	@PYTHON=$$(command -v python3.11 || command -v python3) && \
+	$$PYTHON -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: Python 3.11 or later is needed"; exit 1; }; \
+	$$PYTHON -m venv .venv || { echo "make: this Python cannot make a venv; on Debian: apt install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: setup ## train a small GPT on real text on two ranks: plain, fully checkpointed, under gradckpt
+	$(BIN)/python launch/demo.py
+
+test: setup ## all tests
+	$(BIN)/python -m pytest -q
+
+check: setup ## formatting, lint, types and the order of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup ## the plugin's own cost on this machine
+	$(BIN)/gradckpt bench overhead --output runs/bench/overhead.json
+
+clean: ## remove what was built and run
+	rm -rf .venv runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Ways in: each finds the blocks, the domain or the configuration, and nothing else."""

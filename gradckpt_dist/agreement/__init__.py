@@ -1,0 +1,6 @@
+"""How the ranks of a domain come to hold the same mask."""
+
+from gradckpt_dist.agreement.collectives import Agreement, GroupAgreement, LocalAgreement, create_agreement
+from gradckpt_dist.agreement.wire import Decision
+
+__all__ = ["Agreement", "Decision", "GroupAgreement", "LocalAgreement", "create_agreement"]

@@ -1,0 +1,227 @@
+"""The collective step after which every rank of a domain holds the same mask.
+
+At boundary s the statistics are launched, at s + 1 collected and the decision announced, at s + 2 received and
+applied: each wait comes a step after its start, so that it hides behind compute.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+from gradckpt_dist.agreement.roll_call import Facts, RollCall
+from gradckpt_dist.agreement.wire import Decision, decode, encode, message_bytes
+from gradckpt_dist.errors import AgreementError, MaskError
+
+_T = TypeVar("_T")
+
+_domains_opened: Counter[tuple[int, ...]] = Counter()
+
+
+class Agreement(ABC):
+    """One domain's ranks. ``rank`` and ``ranks`` count within the domain; rank 0 decides."""
+
+    rank: int
+    ranks: int
+
+    @abstractmethod
+    def compare(self, facts: Facts, step: int = 0) -> None:
+        """Return once every rank has given equal facts; all ranks call it.
+
+        Raises:
+            AgreementError: naming the first rank and field that differ, or who did not come in time.
+        """
+
+    @abstractmethod
+    def launch(self, sums: torch.Tensor, maxima: Sequence[float], step: int, epoch: int) -> None:
+        """Start the two all-reduces. ``sums`` is float64 [n] on any device, ``maxima`` n' host numbers."""
+
+    @abstractmethod
+    def collect(self) -> tuple[list[float], list[float]]:
+        """Wait for both: sums and maxima over ranks, the same on all of them.
+
+        Raises:
+            AgreementError: a rank is dead, late by more than the timeout, or at another step or epoch.
+        """
+
+    @abstractmethod
+    def announce(self, decision: Decision | None, blocks: int) -> None:
+        """Start the broadcast; rank 0 gives its decision on ``blocks`` blocks, the others None."""
+
+    @abstractmethod
+    def receive(self, blocks: Sequence[str], epoch: int) -> Decision:
+        """Wait for the decision that takes this domain from ``epoch`` to the next.
+
+        Raises:
+            AgreementError: as ``collect``, or what arrived fails its digest or has another epoch.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the process group back."""
+
+
+class LocalAgreement(Agreement):
+    """A process on its own agrees with itself, at the same boundaries as a group would."""
+
+    rank = 0
+    ranks = 1
+
+    def compare(self, facts: Facts, step: int = 0) -> None:
+        return
+
+    def launch(self, sums: torch.Tensor, maxima: Sequence[float], step: int, epoch: int) -> None:
+        self._launched = sums, list(maxima)
+
+    def collect(self) -> tuple[list[float], list[float]]:
+        sums, maxima = self._launched
+        return sums.tolist(), maxima
+
+    def announce(self, decision: Decision | None, blocks: int) -> None:
+        self._decision = decision
+
+    def receive(self, blocks: Sequence[str], epoch: int) -> Decision:
+        if self._decision is None:
+            raise AgreementError("rank 0 announced no decision", rank=0)
+        return self._decision
+
+    def close(self) -> None:
+        return
+
+
+class GroupAgreement(Agreement):
+    """The ranks of ``process_group``, on a process group of their own. Gloo and NCCL by the same code."""
+
+    def __init__(self, process_group: ProcessGroup | None, device: torch.device, timeout_seconds: float) -> None:
+        self._global_ranks = dist.get_process_group_ranks(process_group)
+        self.rank = dist.get_rank(process_group)
+        self.ranks = len(self._global_ranks)
+        self._device = device
+        self._timeout_seconds = timeout_seconds
+        domain = tuple(self._global_ranks)
+        prefix = f"gradckpt/{domain[0]}-{domain[-1]}x{len(domain)}/{_domains_opened[domain]}"
+        _domains_opened[domain] += 1
+        store = PrefixStore(prefix, _get_default_store())
+        self._roll_call = RollCall(store, dist.get_rank(), self._global_ranks, timeout_seconds)
+        self._group: ProcessGroup | None = None
+        self._stream = None if device.type == "cpu" else torch.get_device_module(device).Stream(device)
+        self._step = 0
+
+    def compare(self, facts: Facts, step: int = 0) -> None:
+        self._roll_call.compare(facts, step)
+
+    def launch(self, sums: torch.Tensor, maxima: Sequence[float], step: int, epoch: int) -> None:
+        self._step, self._epoch = step, epoch
+        marks = (step, -step, epoch, -epoch)
+        most = torch.tensor([*marks, *maxima], dtype=torch.float64).to(self._device, non_blocking=True)
+        self._guard(lambda: self._start_reductions(sums, most))
+
+    def collect(self) -> tuple[list[float], list[float]]:
+        (sums, sums_work), (most, most_work) = self._reductions
+        total = self._guard(lambda: self._finish(sums, sums_work)).tolist()
+        last_step, first_step, last_epoch, first_epoch, *maxima = self._guard(
+            lambda: self._finish(most, most_work)
+        ).tolist()
+        if last_step != -first_step or last_epoch != -first_epoch:
+            here = {"step": self._step, "epoch": self._epoch}
+            self._roll_call.compare(here, self._step)
+        return total, maxima
+
+    def announce(self, decision: Decision | None, blocks: int) -> None:
+        def start() -> None:
+            self._message = self._new_message(decision, blocks)
+            self._message_work = dist.broadcast(
+                self._message, src=self._global_ranks[0], group=self._own_group(), async_op=True
+            )
+
+        self._guard(start)
+
+    def receive(self, blocks: Sequence[str], epoch: int) -> Decision:
+        message = self._guard(lambda: self._finish(self._message, self._message_work))
+        try:
+            decision = decode(message, blocks)
+        except MaskError as error:
+            raise AgreementError(str(error), rank=self._global_ranks[self.rank], step=self._step) from error
+        if decision.mask.epoch != epoch + 1 or decision.step != self._step:
+            raise AgreementError(
+                f"received epoch {decision.mask.epoch} of step {decision.step}, expected epoch {epoch + 1} "
+                f"of step {self._step}",
+                rank=self._global_ranks[self.rank],
+                step=self._step,
+            )
+        return decision
+
+    def close(self) -> None:
+        if self._group is not None and dist.is_initialized():
+            dist.destroy_process_group(self._group)
+        self._group = None
+
+    def _own_group(self) -> ProcessGroup:
+        if self._group is None:
+            self._group = dist.new_group(
+                self._global_ranks,
+                timeout=timedelta(seconds=self._timeout_seconds),
+                use_local_synchronization=True,
+                group_desc="gradckpt",
+            )
+        return self._group
+
+    def _start_reductions(self, sums: torch.Tensor, most: torch.Tensor) -> None:
+        group = self._own_group()
+        self._reductions = tuple(
+            (tensor, dist.all_reduce(tensor, op=op, group=group, async_op=True))
+            for tensor, op in ((sums, dist.ReduceOp.SUM), (most, dist.ReduceOp.MAX))
+        )
+
+    def _new_message(self, decision: Decision | None, blocks: int) -> torch.Tensor:
+        if decision is None:
+            return torch.empty(message_bytes(blocks), dtype=torch.uint8, device=self._device)
+        return encode(decision).to(self._device, non_blocking=True)
+
+    def _finish(self, tensor: torch.Tensor, work: dist.Work) -> torch.Tensor:
+        if self._stream is None:
+            work.wait()
+            return tensor
+        # On a stream of its own, so that the host waits for this collective and not for the compute queued since.
+        with torch.get_device_module(self._device).stream(self._stream):
+            work.wait()
+            return tensor.cpu()
+
+    def _guard(self, call: Callable[[], _T]) -> _T:
+        """Turn a collective's failure into an error that names who is missing."""
+        try:
+            return call()
+        except RuntimeError as error:
+            raise self._blame(error) from error
+
+    def _blame(self, error: RuntimeError) -> AgreementError:
+        cause = str(error).splitlines()[0]
+        try:
+            alive = self._roll_call.survivors(self._step)
+        except RuntimeError as store_error:
+            return AgreementError(
+                f"a collective failed ({cause}), and so did the store ({str(store_error).splitlines()[0]}); "
+                "the rank that hosts it is probably dead",
+                step=self._step,
+            )
+        missing = [rank for rank in self._global_ranks if rank not in alive]
+        if not missing:
+            return AgreementError(f"a collective failed on all ranks: {cause}", step=self._step)
+        return AgreementError(f"ranks {missing} did not answer: {cause}", rank=missing[0], step=self._step)
+
+
+def create_agreement(process_group: ProcessGroup | None, device: torch.device, timeout_seconds: float) -> Agreement:
+    """For the given group, the default group, or a process on its own."""
+    if not dist.is_available() or not dist.is_initialized():
+        return LocalAgreement()
+    if dist.get_world_size(process_group) == 1:
+        return LocalAgreement()
+    return GroupAgreement(process_group, device, timeout_seconds)

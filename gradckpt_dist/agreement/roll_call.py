@@ -1,0 +1,119 @@
+"""Comparing texts over ranks through the process group's store: for rare moments, where no collective may be risked.
+
+Texts are JSON and are parsed as data, never evaluated or unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed.distributed_c10d import Store
+
+from gradckpt_dist.errors import AgreementError
+
+Facts = Mapping[str, Any]
+
+_MAX_TEXT_BYTES = 1 << 22
+_LAST_WORDS_SECONDS = 3.0
+
+
+class RollCall:
+    """All ``ranks`` (global ranks, in order) meet under keys of ``store``."""
+
+    def __init__(self, store: Store, rank: int, ranks: Sequence[int], timeout_seconds: float) -> None:
+        self._store = store
+        self._rank = rank
+        self._ranks = ranks
+        self._timeout = timedelta(seconds=timeout_seconds)
+        self._calls = 0
+
+    def compare(self, facts: Facts, step: int) -> None:
+        """Return once every rank has given equal facts. Called by all ranks, in the same order of calls.
+
+        Raises:
+            AgreementError: naming the first rank and field that differ, or the ranks that did not come in time.
+        """
+        self._calls += 1
+        try:
+            verdict = self._confer(f"compare/{self._calls}", facts, step)
+        except RuntimeError as error:
+            cause = str(error).splitlines()[0]
+            raise AgreementError(f"the store of the process group cannot be reached: {cause}", step=step) from error
+        if verdict is not None:
+            raise AgreementError(str(verdict["reason"]), rank=int(verdict["rank"]), step=step)
+
+    def _confer(self, call: str, facts: Facts, step: int) -> Any:
+        self._store.set(f"{call}/{self._rank}", json.dumps(facts))
+        verdict_key = f"{call}/verdict"
+        if self._rank == self._ranks[0]:
+            self._store.set(verdict_key, json.dumps(self._judge(call)))
+        elif not self._arrived([verdict_key]):
+            raise AgreementError(f"no word within {self._timeout.total_seconds():g} s", rank=self._ranks[0], step=step)
+        return self._read(verdict_key)
+
+    def survivors(self, step: int) -> list[int]:
+        """The ranks that have also seen this step's collective fail; those left out are dead or stuck."""
+        keys = {rank: f"failed/{step}/{rank}" for rank in self._ranks}
+        self._store.set(keys[self._rank], "1")
+        deadline = time.monotonic() + min(_LAST_WORDS_SECONDS, self._timeout.total_seconds())
+        while True:
+            alive = [rank for rank, key in keys.items() if self._store.check([key])]
+            if len(alive) == len(keys) or time.monotonic() > deadline:
+                return alive
+            time.sleep(0.05)
+
+    def _judge(self, call: str) -> dict[str, Any] | None:
+        keys = [f"{call}/{rank}" for rank in self._ranks]
+        if not self._arrived(keys):
+            missing = [rank for rank, key in zip(self._ranks, keys, strict=True) if not self._store.check([key])]
+            seconds = self._timeout.total_seconds()
+            return {"rank": missing[0], "reason": f"ranks {missing} did not take part within {seconds:g} s"}
+        reference = self._read(keys[0])
+        for rank, key in zip(self._ranks, keys, strict=True):
+            facts = self._read(key)
+            reason = facts.get("error") or first_difference(reference, facts, self._ranks[0], rank)
+            if reason:
+                return {"rank": rank, "reason": reason}
+        return None
+
+    def _arrived(self, keys: list[str]) -> bool:
+        try:
+            self._store.wait(keys, self._timeout)
+        except RuntimeError:  # each kind of store says by another error that the time is up
+            return self._store.check(keys)
+        return True
+
+    def _read(self, key: str) -> Any:
+        text = self._store.get(key)
+        if len(text) > _MAX_TEXT_BYTES:
+            raise AgreementError(f"the text under {key!r} has {len(text)} bytes; at most {_MAX_TEXT_BYTES} are read")
+        return json.loads(text)
+
+
+def first_difference(reference: Facts, facts: Facts, reference_rank: int, rank: int) -> str | None:
+    """The first field, in the order of the reference, whose value differs; None if all are equal."""
+    for field in [*reference, *(key for key in facts if key not in reference)]:
+        ours, theirs = reference.get(field), facts.get(field)
+        if ours == theirs:
+            continue
+        if isinstance(ours, list) and isinstance(theirs, list):
+            return _list_difference(field, ours, theirs, reference_rank, rank)
+        return f"{field} differs: {theirs!r} on rank {rank}, {ours!r} on rank {reference_rank}; make them equal"
+    return None
+
+
+def _list_difference(field: str, ours: list[Any], theirs: list[Any], reference_rank: int, rank: int) -> str:
+    for position, (our, their) in enumerate(zip(ours, theirs, strict=False)):
+        if our != their:
+            return (
+                f"{field}[{position}] differs: {their!r} on rank {rank}, {our!r} on rank {reference_rank}; "
+                "make them equal"
+            )
+    return (
+        f"{field} differs in length: {len(theirs)} on rank {rank}, {len(ours)} on rank {reference_rank}; "
+        "make them equal"
+    )

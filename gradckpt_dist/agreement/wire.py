@@ -1,0 +1,60 @@
+"""What rank 0 broadcasts: a decision as plain bytes, checked before use."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from gradckpt_dist.errors import MaskError
+from gradckpt_dist.mask import Mask
+
+_HEADER = struct.Struct("<qqd")
+_CHECKSUM_BYTES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """A mask, the step at whose boundary its statistics were launched, and the policy's theta (NaN for none)."""
+
+    mask: Mask
+    step: int
+    theta: float
+
+
+def message_bytes(blocks: int) -> int:
+    """Length of a decision on the wire: header, one byte a block, checksum."""
+    return _HEADER.size + blocks + _CHECKSUM_BYTES
+
+
+def encode(decision: Decision) -> torch.Tensor:
+    """uint8 [message_bytes]; the checksum covers every byte and the mask's digest, hence the block names too."""
+    header = _HEADER.pack(decision.mask.epoch, decision.step, decision.theta)
+    codes = decision.mask.to_tensor().numpy().tobytes()
+    body = header + codes
+    return torch.frombuffer(bytearray(body + _checksum(body, decision.mask)), dtype=torch.uint8)
+
+
+def decode(message: torch.Tensor, blocks: Sequence[str]) -> Decision:
+    """The decision that ``encode`` wrote.
+
+    Raises:
+        MaskError: wrong length, a storage code out of range, or a checksum that does not match.
+    """
+    raw = message.numpy().tobytes()
+    if len(raw) != message_bytes(len(blocks)):
+        raise MaskError(f"a decision for {len(blocks)} blocks has {message_bytes(len(blocks))} bytes, not {len(raw)}")
+    body, checksum = raw[:-_CHECKSUM_BYTES], raw[-_CHECKSUM_BYTES:]
+    epoch, step, theta = _HEADER.unpack_from(body)
+    codes = torch.frombuffer(bytearray(body[_HEADER.size :]), dtype=torch.int8)
+    mask = Mask.from_tensor(codes, blocks, epoch)
+    if _checksum(body, mask) != checksum:
+        raise MaskError("the broadcast decision does not match its digest; a byte has changed on the way")
+    return Decision(mask=mask, step=step, theta=theta)
+
+
+def _checksum(body: bytes, mask: Mask) -> bytes:
+    return hashlib.sha256(body + mask.digest.encode()).digest()[:_CHECKSUM_BYTES]

@@ -1,0 +1,111 @@
+"""``enable``: from a model and a configuration to a running engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed import ProcessGroup
+from torch.optim import Optimizer
+
+from gradckpt_dist.agreement import create_agreement
+from gradckpt_dist.blocks import Block, check_conflicts, find_blocks
+from gradckpt_dist.config import Config
+from gradckpt_dist.engine import Engine
+from gradckpt_dist.errors import BlocksNotFoundError, GradckptError
+from gradckpt_dist.version import __version__
+
+CONFIG_VARIABLE = "GRADCKPT_CONFIG"
+
+_OWN_TO_A_RANK = ("log_dir", "log_level")
+
+ConfigLike = Config | Mapping[str, Any] | str | Path | None
+
+
+def enable(
+    model: nn.Module,
+    config: ConfigLike = None,
+    *,
+    blocks: Sequence[str] | None = None,
+    process_group: ProcessGroup | None = None,
+    optimizer: Optimizer | None = None,
+) -> Engine:
+    """Put ``model``'s blocks under one checkpoint mask, agreed by all ranks of ``process_group``.
+
+    Call it on every rank, before or after wrapping for DDP or FSDP, on the module that the training loop calls or on
+    the one inside. ``config`` is a ``Config``, its keys, a file with a ``gradckpt`` section, or None: then the file
+    that ``GRADCKPT_CONFIG`` names, or else the defaults. ``blocks`` gives names or globs in place of ``config.blocks``.
+    ``process_group`` is the domain (default: all ranks). ``optimizer`` is the one whose step ends a training step
+    (default: any).
+
+    Raises:
+        ConfigError: the configuration cannot be used.
+        BlocksNotFoundError: no block was found, or a given name matches none.
+        ConflictError: something else already checkpoints, offloads or compiles these blocks, this plugin included.
+        AgreementError: another rank has other blocks, another configuration or another version, or did not come.
+    """
+    error: GradckptError | None = None
+    found: tuple[Block, ...] = ()
+    settings = Config()
+    try:
+        settings = resolve_config(config)
+        found = _blocks(model, settings, blocks)
+    except GradckptError as raised:
+        error = raised
+    device = _device(model)
+    agreement = create_agreement(process_group, device, settings.agreement_timeout_s)
+    try:
+        agreement.compare(_facts(settings, found, error))
+    finally:
+        if error is not None:
+            raise error
+    engine = Engine(found, settings, agreement, device)
+    if settings.enabled:
+        engine.install(model, optimizer)
+    return engine
+
+
+def resolve_config(config: ConfigLike) -> Config:
+    """The configuration that ``enable`` would use.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
+    if isinstance(config, Config):
+        return config
+    if isinstance(config, Mapping):
+        return Config.from_dict(config)
+    path = config if config is not None else os.environ.get(CONFIG_VARIABLE)
+    return Config() if not path else Config.from_file(path)
+
+
+def _blocks(model: nn.Module, config: Config, given: Sequence[str] | None) -> tuple[Block, ...]:
+    if not config.enabled:
+        return ()
+    patterns = config.blocks if given is None else tuple(given)
+    if given is not None and not patterns:
+        raise BlocksNotFoundError("blocks=[] names no block; give names or globs, or leave it out to have them found")
+    found = find_blocks(model, patterns)
+    check_conflicts(model, found)
+    return found
+
+
+def _facts(config: Config, blocks: Sequence[Block], error: GradckptError | None) -> dict[str, Any]:
+    """What must be equal on all ranks, in the order in which a difference is reported."""
+    shared = {f"config.{key}": value for key, value in config.to_dict().items() if key not in _OWN_TO_A_RANK}
+    return {
+        "error": None if error is None else f"{type(error).__name__}: {error}",
+        "version": __version__,
+        **shared,
+        "blocks": [block.name for block in blocks],
+    }
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where the model computes: its first parameter that is not on the host, else the host."""
+    devices = (parameter.device for parameter in model.parameters())
+    return next((device for device in devices if device.type not in {"cpu", "meta"}), torch.device("cpu"))

@@ -1,0 +1,63 @@
+"""``gradckpt bench NAME [--json] [--quick] [--output FILE]``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.table import Table
+
+from gradckpt_dist.bench.overhead import bench_overhead
+from gradckpt_dist.bench.record import write
+
+
+class Bench(Protocol):
+    """Measures, and returns the object that ``record`` makes."""
+
+    def __call__(self, *, quick: bool) -> dict[str, Any]: ...
+
+
+BENCHES: dict[str, tuple[Bench, str]] = {
+    "overhead": (bench_overhead, "the plugin's own cost, against a pinned mask"),
+}
+
+
+def add_bench_parser(commands: Any) -> None:
+    """Add ``bench`` and its benches to the command line."""
+    bench = commands.add_parser("bench", help="measure on this machine")
+    names = bench.add_subparsers(title="benches", required=True, metavar="NAME")
+    for name, (run, text) in BENCHES.items():
+        parser = names.add_parser(name, help=text)
+        parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+        parser.add_argument("--quick", action="store_true", help="under a minute, for tests; the figures are rough")
+        parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON object to a file too")
+        parser.set_defaults(execute=_execute(run))
+
+
+def _execute(run: Bench) -> Callable[[argparse.Namespace], None]:
+    def execute(parsed: argparse.Namespace) -> None:
+        result = run(quick=parsed.quick)
+        if parsed.output is not None:
+            write(result, parsed.output)
+        if parsed.json:
+            print(json.dumps(result))
+        else:
+            _show(result)
+
+    return execute
+
+
+def _show(result: dict[str, Any]) -> None:
+    console = Console()
+    figures = {key: value for key, value in result.items() if key not in {"rows", "versions", "machine"}}
+    for key, value in figures.items():
+        console.print(f"{key}: {value}")
+    if result["rows"]:
+        table = Table(*result["rows"][0])
+        for row in result["rows"]:
+            table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+        console.print(table)

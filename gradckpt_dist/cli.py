@@ -1,0 +1,46 @@
+"""The command line: ``gradckpt …``, the same as ``python -m gradckpt_dist …``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from gradckpt_dist.adapters.launch import run_script
+from gradckpt_dist.bench.command import add_bench_parser
+from gradckpt_dist.errors import GradckptError
+from gradckpt_dist.version import __version__
+
+EXIT_USAGE = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 2 if this package refuses, with one line that says why."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        parsed.execute(parsed)
+    except GradckptError as error:
+        print(f"gradckpt: {type(error).__name__}: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="gradckpt", description="Gradient-aware activation checkpointing.")
+    parser.add_argument("--version", action="version", version=f"gradckpt {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    run = commands.add_parser(
+        "run",
+        help="run a training script with the plugin enabled, without a change to it",
+        usage="gradckpt run [-h] [--config FILE] SCRIPT [ARGUMENTS …]",
+    )
+    run.add_argument("--config", metavar="FILE", help="YAML or JSON, its `gradckpt` section; default: GRADCKPT_CONFIG")
+    run.add_argument("script", metavar="SCRIPT")
+    run.add_argument("arguments", metavar="ARGUMENTS", nargs=argparse.REMAINDER)
+    run.set_defaults(execute=_run)
+    add_bench_parser(commands)
+    return parser
+
+
+def _run(parsed: argparse.Namespace) -> None:
+    run_script(parsed.script, parsed.arguments, parsed.config)

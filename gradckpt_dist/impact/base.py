@@ -1,0 +1,66 @@
+"""What every impact metric is, and the running mean that policies read."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+
+class Impact(ABC):
+    """Gathers one number per block on the device, in sampled steps, without a host synchronisation."""
+
+    name: ClassVar[str]
+
+    def __init__(self, blocks: int, device: torch.device) -> None:
+        self.blocks = blocks
+        self.device = device
+
+    @abstractmethod
+    def watch(self, index: int, output: Any) -> None:
+        """Arrange for the gradient at this output of the block at ``index`` to be gathered."""
+
+    @abstractmethod
+    def end_step(self) -> None:
+        """Close a sampled step: fold it into the window, or drop it if it holds a non-finite value."""
+
+    @abstractmethod
+    def take_window(self) -> torch.Tensor:
+        """Float64 [blocks + 2]: sums over the window's steps by block, steps counted, dropped; then start anew."""
+
+
+@dataclass
+class RunningImpact:
+    """The mean of I_i^2 over decisions; a decision's weight is never below 1 / ``memory``."""
+
+    blocks: int
+    memory: int = 4
+    mean_square: list[float] = field(default_factory=list)
+    decisions: int = 0
+    dropped_samples: int = 0
+
+    def update(self, sums: Sequence[float]) -> bool:
+        """Fold in a window as ``Impact.take_window`` gives it, summed over ranks; False if it holds no sample.
+
+        A window that a faulty rank has made non-finite or negative counts as dropped.
+        """
+        *squares, count, dropped = sums
+        self.dropped_samples += int(dropped) if math.isfinite(dropped) else 0
+        sound = math.isfinite(count) and all(math.isfinite(value) and value >= 0 for value in squares)
+        if not sound:
+            self.dropped_samples += 1
+        if not sound or count < 1:
+            return False
+        self.decisions += 1
+        weight = 1 / min(self.decisions, self.memory)
+        old = self.mean_square or [0.0] * self.blocks
+        self.mean_square = [(1 - weight) * a + weight * b / count for a, b in zip(old, squares, strict=True)]
+        return True
+
+    def impacts(self) -> tuple[float, ...]:
+        """I_i by block; their mean square is 1. Empty before the first sample."""
+        return tuple(math.sqrt(value) for value in self.mean_square)

@@ -1,0 +1,69 @@
+"""What every policy is: a pure function from evidence to a plan."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from gradckpt_dist.mask import Mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What all ranks know at a decision.
+
+    ``impacts`` is empty before the first sample. ``stored_bytes`` maps a storage to its bytes held, one number per
+    block (the most over ranks); it holds ``keep`` and ``recompute`` once they were measured.
+    """
+
+    current: Mask
+    impacts: tuple[float, ...]
+    stored_bytes: dict[str, tuple[int, ...]]
+
+    def bytes_of(self, storages: Sequence[str]) -> int | None:
+        """Predicted bytes held by the blocks under these storages; None before they were measured.
+
+        A storage that no block has used yet counts as ``keep``, the most that it can hold.
+        """
+        if "keep" not in self.stored_bytes:
+            return None
+        keep = self.stored_bytes["keep"]
+        return sum(self.stored_bytes.get(name, keep)[i] for i, name in enumerate(storages))
+
+    def peak_of(self, storages: Sequence[str]) -> int | None:
+        """As ``bytes_of``, with what a recomputed block brings back while it is in backward."""
+        if self.bytes_of(storages) is None:
+            return None
+        keep = self.stored_bytes["keep"]
+        held = peak = 0
+        for i, name in enumerate(storages):
+            stored = self.stored_bytes.get(name, keep)[i]
+            working_set = keep[i] if name == "recompute" else 0
+            peak = max(peak, held + stored + working_set)
+            held += stored
+        return peak
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Storages to use next, and why. ``theta`` is None where the policy has none."""
+
+    storages: tuple[str, ...]
+    theta: float | None
+    reason: str
+
+
+class Policy(ABC):
+    """Decides on rank 0 of a domain; deterministic, ties broken by position."""
+
+    name: ClassVar[str]
+
+    def initial(self, blocks: int) -> tuple[str, ...]:
+        """The first mask: full recompute fits if anything fits."""
+        return ("recompute",) * blocks
+
+    @abstractmethod
+    def plan(self, evidence: Evidence) -> Plan:
+        """The mask that this evidence calls for."""

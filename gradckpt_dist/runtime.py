@@ -1,0 +1,70 @@
+"""What a switched block calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from gradckpt_dist.storage import Forward, Storage, create_storage
+
+
+class Watch(Protocol):
+    """Looks on at one block's forward in a sampled step."""
+
+    def __call__(self, index: int, storage: Storage, forward: Forward, args: Any, kwargs: Any) -> Any:
+        """Call ``storage.run(forward, *args, **kwargs)``, look at the result and return it."""
+
+
+class Gate:
+    """Open while the root runs forward in training with gradients on; shared by the blocks of an engine."""
+
+    __slots__ = ("open", "watch")
+
+    def __init__(self) -> None:
+        self.open = False
+        self.watch: Watch | None = None
+
+
+class BlockRuntime:
+    """Dispatches one block's forward to the storage in force."""
+
+    __slots__ = ("_gate", "_index", "_module", "_seed", "_storage", "_storages")
+
+    def __init__(self, index: int, module: nn.Module, gate: Gate, seed: int) -> None:
+        self._index = index
+        self._module = module
+        self._gate = gate
+        self._seed = seed
+        self._storages: dict[str, Storage] = {}
+        self.use("keep")
+
+    @property
+    def reruns(self) -> bool:
+        """Whether backward will call the block's forward again."""
+        return self._gate.open and self._storage.reruns and torch.is_grad_enabled()
+
+    @property
+    def recomputes(self) -> int:
+        """Times that the block was run again in full, since the engine was made."""
+        return sum(storage.recomputes for storage in self._storages.values())
+
+    def use(self, storage: str) -> None:
+        """Switch; a forward that has begun keeps the storage it began with.
+
+        Raises:
+            StorageError: the storage cannot serve this block.
+        """
+        if storage not in self._storages:
+            self._storages[storage] = create_storage(storage, self._module)
+        self._storage = self._storages[storage]
+
+    def __call__(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        gate = self._gate
+        if not gate.open or not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        if gate.watch is None:
+            return self._storage.run(forward, *args, **kwargs)
+        return gate.watch(self._index, self._storage, forward, args, kwargs)

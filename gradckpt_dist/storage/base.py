@@ -1,0 +1,34 @@
+"""What every storage is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import nn
+
+Forward = Callable[..., Any]
+
+
+class Storage(ABC):
+    """How one block's activations survive until its backward.
+
+    One object serves one block. ``run`` is called once for each training forward of the block; a forward that has
+    begun keeps the storage it began with, whatever happens to the mask before its backward.
+    """
+
+    name: ClassVar[str]
+    exact: ClassVar[bool]
+    """Whether the gradients are bitwise those of ``keep``."""
+    reruns: ClassVar[bool]
+    """Whether backward calls the block's forward again, in full or in part."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+        self.recomputes = 0
+        """Times that the block's forward was run again in full in a backward pass."""
+
+    @abstractmethod
+    def run(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        """Call ``forward(*args, **kwargs)`` and return its result, arranging what backward will find."""

@@ -1,0 +1,228 @@
+"""Exact count of the bytes that autograd holds for backward, in steps that are measured.
+
+Each tensor storage counts once, however many nodes save it; parameters do not count. Nothing here runs in a step that
+is not measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._C import _autograd
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves
+
+
+def is_parameter(tensor: torch.Tensor) -> bool:
+    """Whether this is a parameter or a view of one, sharded and gathered ones (FSDP, ZeRO-3) included."""
+    return any(
+        isinstance(candidate, nn.Parameter) or hasattr(candidate, "ds_id")
+        for candidate in (tensor, tensor._base)
+        if candidate is not None
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """Bytes of one measured step on this rank. ``keep_bytes``, ``recompute_bytes``, ``stored_bytes``: by block.
+
+    ``keep_bytes`` is what the block would hold (or holds) under ``keep``, ``recompute_bytes`` under ``recompute``,
+    ``stored_bytes`` under the storage in force. ``held_bytes`` is the most that was held at once;
+    ``peak_bytes`` adds what a recomputation brings back while its block is in backward.
+    """
+
+    keep_bytes: tuple[int, ...]
+    recompute_bytes: tuple[int, ...]
+    stored_bytes: tuple[int, ...]
+    held_bytes: int
+    peak_bytes: int
+
+
+class Ledger:
+    """Counts one step: enter ``forward`` around the model's forward, ``block`` around each block's storage."""
+
+    def __init__(self, blocks: int) -> None:
+        self._refs: dict[int, int] = {}
+        self._live_bytes = 0
+        self._held_bytes = 0
+        self._peak_bytes = 0
+        self._keep = _PerForward(blocks)
+        self._recompute = _PerForward(blocks)
+        self._stored = _PerForward(blocks)
+        self._hooks: saved_tensors_hooks | None = None
+
+    @staticmethod
+    def available() -> bool:
+        """False where the caller has forbidden saved-tensor hooks, which the count needs."""
+        return bool(_autograd._saved_tensors_hooks_is_enabled())  # type: ignore[attr-defined]
+
+    def begin_forward(self) -> None:
+        """Start counting a forward of the model; a step has one for each micro-batch."""
+        if self._hooks is None:
+            self._hooks = saved_tensors_hooks(self._pack, _unpack)
+            self._hooks.__enter__()
+
+    def end_forward(self) -> None:
+        """Stop counting what is saved; what was counted stays so until it is freed."""
+        if self._hooks is not None:
+            self._hooks.__exit__(None, None, None)
+            self._hooks = None
+            for per_block in (self._keep, self._recompute, self._stored):
+                per_block.close()
+
+    def run(self, index: int, run: Callable[..., Any], forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Call ``run(forward, *args, **kwargs)``, a storage's, for the block at ``index`` and book its bytes."""
+        inputs = self._new_bytes(tree_leaves((args, kwargs)))
+        before = self._live_bytes
+        inside = _Inside(self)
+
+        def metered(*args: Any, **kwargs: Any) -> Any:
+            with inside.counted():
+                return forward(*args, **kwargs)
+
+        result = run(metered, *args, **kwargs)
+        stored = self._live_bytes - before
+        inside.first = False
+        self._stored.add(index, stored)
+        self._recompute.add(index, inputs)
+        self._keep.add(index, inside.bytes)
+        return result
+
+    def measurement(self) -> Measurement:
+        """What was counted, to be read at the end of the step."""
+        return Measurement(
+            keep_bytes=self._keep.most(),
+            recompute_bytes=self._recompute.most(),
+            stored_bytes=self._stored.most(),
+            held_bytes=self._held_bytes,
+            peak_bytes=max(self._held_bytes, self._peak_bytes),
+        )
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether this tensor's storage is counted now."""
+        return tensor.untyped_storage()._cdata in self._refs
+
+    def note_working_set(self, extra_bytes: int) -> None:
+        """A recomputation has brought back ``extra_bytes`` on top of what is held."""
+        self._peak_bytes = max(self._peak_bytes, self._live_bytes + extra_bytes)
+
+    def _new_bytes(self, leaves: Sequence[Any]) -> int:
+        sizes = {
+            leaf.untyped_storage()._cdata: leaf.untyped_storage().nbytes()
+            for leaf in leaves
+            if isinstance(leaf, torch.Tensor) and _countable(leaf) and not self.holds(leaf)
+        }
+        return sum(sizes.values())
+
+    def _pack(self, tensor: torch.Tensor) -> Any:
+        return _Held(tensor, self) if _countable(tensor) else tensor
+
+    def _acquire(self, key: int, size_bytes: int) -> None:
+        count = self._refs.get(key, 0)
+        self._refs[key] = count + 1
+        if count == 0:
+            self._live_bytes += size_bytes
+            self._held_bytes = max(self._held_bytes, self._live_bytes)
+
+    def _release(self, key: int, size_bytes: int) -> None:
+        count = self._refs[key] - 1
+        if count:
+            self._refs[key] = count
+        else:
+            del self._refs[key]
+            self._live_bytes -= size_bytes
+
+
+class _Held:
+    """A saved tensor that is counted for as long as autograd holds this object."""
+
+    __slots__ = ("_key", "_ledger", "_size_bytes", "_tensor", "_version")
+
+    def __init__(self, tensor: torch.Tensor, ledger: Ledger) -> None:
+        storage = tensor.untyped_storage()
+        self._tensor = tensor
+        self._version = tensor._version
+        self._ledger = ledger
+        self._key = storage._cdata
+        self._size_bytes = storage.nbytes()
+        ledger._acquire(self._key, self._size_bytes)
+
+    def __del__(self) -> None:
+        self._ledger._release(self._key, self._size_bytes)
+
+    def tensor(self) -> torch.Tensor:
+        # A saved tensor with hooks escapes autograd's own version check.
+        if self._tensor._version != self._version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"{tuple(self._tensor.shape)} {self._tensor.dtype} is at version {self._tensor._version}; "
+                f"expected version {self._version} instead"
+            )
+        return self._tensor
+
+
+class _Inside:
+    """What is saved inside one block's forward, whatever its storage then does with it."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.first = True
+        self.bytes = 0
+        self._ledger = ledger
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count the storages saved meanwhile; a rerun in backward is reported as a working set."""
+        top = _autograd._top_saved_tensors_default_hooks(False)
+        if top is None:
+            yield
+            return
+        pack, unpack = top
+        seen: dict[StorageWeakRef, int] = {}
+
+        def count(tensor: torch.Tensor) -> Any:
+            if _countable(tensor) and (self.first or not self._ledger.holds(tensor)):
+                # The weak reference keeps the storage's identity from being used again while it is in `seen`.
+                storage = tensor.untyped_storage()
+                seen.setdefault(StorageWeakRef(storage), storage.nbytes())  # type: ignore[no-untyped-call]
+            return pack(tensor)
+
+        try:
+            with saved_tensors_hooks(count, unpack):
+                yield
+        finally:
+            if self.first:
+                self.bytes += sum(seen.values())
+            else:
+                self._ledger.note_working_set(sum(seen.values()))
+
+
+class _PerForward:
+    """Bytes by block: summed over the calls within one forward of the model, the most over forwards."""
+
+    def __init__(self, blocks: int) -> None:
+        self._now = [0] * blocks
+        self._most = [0] * blocks
+
+    def add(self, index: int, value: int) -> None:
+        self._now[index] += value
+
+    def close(self) -> None:
+        self._most = [max(pair) for pair in zip(self._most, self._now, strict=True)]
+        self._now = [0] * len(self._now)
+
+    def most(self) -> tuple[int, ...]:
+        return tuple(self._most)
+
+
+def _unpack(held: Any) -> torch.Tensor:
+    return held.tensor() if isinstance(held, _Held) else held
+
+
+def _countable(tensor: torch.Tensor) -> bool:
+    return not is_parameter(tensor) and type(tensor) is torch.Tensor and tensor.layout is torch.strided
