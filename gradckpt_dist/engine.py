@@ -332,6 +332,8 @@ class Engine:
     def _log_mask(self, event: str) -> None:
         stats = self.stats()
         plan = self._plan
+        if self._agreement.rank == 0:
+            logger.debug("gradckpt: step %d, epoch %d, mask %s", self._step, self._mask.epoch, ",".join(stats["mask"]))
         self._log.write(
             event,
             step=self._step,

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -27,7 +27,7 @@ class Process:
     started: int
 
     def state(self) -> str:
-        """One letter, as in proc(5): ``T`` is stopped, ``X`` gone."""
+        """One letter, as in proc(5): ``T`` is stopped, ``Z`` dead, ``X`` gone."""
         stat = read_stat(self.number)
         return stat.state if stat is not None and stat.started == self.started else "X"
 
@@ -68,6 +68,12 @@ def process_tree(root: int) -> set[Process]:
     while more := {number for number, stat in stats.items() if stat.parent in family} - family:
         family |= more
     return {Process(number, stats[number].started) for number in family}
+
+
+def await_states(processes: Iterable[Process], states: str) -> None:
+    """A signal is on its way for a moment: return when it has arrived everywhere."""
+    while any(process.state() not in states for process in processes):
+        time.sleep(0.001)
 
 
 @dataclass
@@ -121,8 +127,7 @@ class Arm:
         while new := process_tree(self._running.pid) - self._family:  # until none was born meanwhile
             for process in new:
                 process.send(signal.SIGSTOP)
-            while any(process.state() not in "TZX" for process in new):
-                time.sleep(0.001)
+            await_states(new, "TZX")
             self._family |= new
 
     def end(self) -> None:
@@ -134,6 +139,7 @@ class Arm:
         for process in self._family:
             process.send(signal.SIGKILL)
         self._running.wait()
+        await_states(self._family, "ZX")
 
 
 class ArmFailedError(Exception):

@@ -33,17 +33,27 @@ def run_script(script: str, arguments: Sequence[str], config_path: str | None) -
         ConfigError: the script or the configuration file is not there, or the configuration cannot be used.
     """
     config = resolve_config(config_path)
-    path = Path(script)
+    _show_messages(config)
+    path = Path(script).absolute()
     if not path.is_file():
         raise ConfigError(f"{script}: there is no such script; give the path of a Python file, then its arguments")
     watch = ModelWatch(config)
     sys.argv = [script, *arguments]
     sys.path[0] = str(path.resolve().parent)
-    sys.excepthook = _ScriptTraceback(script)
+    sys.excepthook = _ScriptTraceback(str(path))
     if config.enabled:
         watch.arm()
-    runpy.run_path(script, run_name="__main__")
+    runpy.run_path(str(path), run_name="__main__")
     watch.report()
+
+
+def _show_messages(config: Config) -> None:
+    """Print this package's own log lines to stderr; the script's logging is left alone."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(config.log_level.upper())
+    logger.propagate = False
 
 
 class ModelWatch:
@@ -102,4 +112,4 @@ class _ScriptTraceback:
         frame = traceback
         while frame is not None and frame.tb_frame.f_code.co_filename != self._script:
             frame = frame.tb_next
-        self._print(kind, error, frame or traceback)
+        self._print(kind, error.with_traceback(frame), frame)
