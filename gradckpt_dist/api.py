@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from gradckpt_dist.agreement import create_agreement
-from gradckpt_dist.blocks import Block, check_conflicts, find_blocks
+from gradckpt_dist.blocks import Block, find_blocks
 from gradckpt_dist.config import Config
 from gradckpt_dist.engine import Engine
 from gradckpt_dist.errors import BlocksNotFoundError, GradckptError
@@ -89,9 +89,7 @@ def _blocks(model: nn.Module, config: Config, given: Sequence[str] | None) -> tu
     patterns = config.blocks if given is None else tuple(given)
     if given is not None and not patterns:
         raise BlocksNotFoundError("blocks=[] names no block; give names or globs, or leave it out to have them found")
-    found = find_blocks(model, patterns)
-    check_conflicts(model, found)
-    return found
+    return find_blocks(model, patterns)
 
 
 def _facts(config: Config, blocks: Sequence[Block], error: GradckptError | None) -> dict[str, Any]:

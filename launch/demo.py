@@ -31,12 +31,13 @@ from demo_summary import (
     count_blocks,
     last_step,
     masks_identical,
-    median_step_seconds,
     most_held_bytes,
     of_event,
     read_lines,
     recomputed_blocks,
     stays,
+    step_ratio,
+    turn_medians,
     validation_loss,
 )
 from rich.console import Console
@@ -127,11 +128,11 @@ def summarise(demo: Demo, arms: Sequence[Arm]) -> tuple[Summary, list[Stay]]:
         "gradckpt": read_lines(demo.directory / "gradckpt.jsonl"),
     }
     metrics = {arm.name: read_lines(demo.metrics(arm.name)) for arm in arms}
-    seconds = {arm.name: median_step_seconds(metrics[arm.name], arm.pauses) for arm in arms}
+    seconds = {arm.name: turn_medians(metrics[arm.name], arm.pauses) for arm in arms}
     rows = tuple(
         Row(
             arm=name,
-            step_ratio=seconds[name] / seconds["plain"],
+            step_ratio=step_ratio(seconds[name], seconds["plain"]),
             held_bytes=most_held_bytes(logs[name]),
             recomputed_blocks=recomputed_blocks(logs[name]),
             validation_loss=validation_loss(metrics[name]),

@@ -17,7 +17,7 @@ LETTERS = {"keep": "K", "recompute": "R"}
 class Row:
     """One arm.
 
-    ``step_ratio``: its median step over the plain arm's. ``held_bytes``: the most that a rank held for backward.
+    ``step_ratio``: the time of its steps over that of the plain arm's. ``held_bytes``: the most that a rank held for backward.
     """
 
     arm: str
@@ -81,20 +81,31 @@ def of_event(lines: Iterable[Line], event: str) -> list[Line]:
     return [line for line in lines if line["event"] == event]
 
 
-def median_step_seconds(metrics: Sequence[Line], pauses: Sequence[tuple[float, float]]) -> float:
-    """The median step that no pause touched; both clocks are ``time.monotonic``.
+def turn_medians(metrics: Sequence[Line], pauses: Sequence[tuple[float, float]]) -> dict[int, float]:
+    """The median step (seconds) of each turn that held a whole step; ``pauses`` lie between the turns.
+
+    Steps and pauses are timed with ``time.monotonic``, which all processes of a machine share.
+    """
+    turns: dict[int, list[float]] = {}
+    for step in of_event(metrics, "step"):
+        if all(step["ended"] <= begin or step["started"] >= end for begin, end in pauses):
+            turn = sum(end <= step["started"] for _, end in pauses)
+            turns.setdefault(turn, []).append(step["seconds"])
+    return {turn: statistics.median(seconds) for turn, seconds in turns.items()}
+
+
+def step_ratio(arm: dict[int, float], plain: dict[int, float]) -> float:
+    """The median over turns of the arm's step time over the plain arm's in the turn next to it.
+
+    So other load on the machine, which comes and goes, meets both. Runs too short to share a turn are compared whole.
 
     Raises:
-        ValueError: there is no such step.
+        ValueError: one of them has no whole turn's step.
     """
-    seconds: list[float] = [
-        step["seconds"]
-        for step in of_event(metrics, "step")
-        if all(step["ended"] <= begin or step["started"] >= end for begin, end in pauses)
-    ]
-    if not seconds:
-        raise ValueError("no step ran without a pause; train for more steps, or let the turns be longer")
-    return statistics.median(seconds)
+    if not arm or not plain:
+        raise ValueError("no step ran without a pause; let the turns be longer (--slice-seconds)")
+    shared = [arm[turn] / plain[turn] for turn in arm.keys() & plain.keys()]
+    return statistics.median(shared or [statistics.median(arm.values()) / statistics.median(plain.values())])
 
 
 def most_held_bytes(log: Sequence[Line]) -> int | None:

@@ -8,11 +8,12 @@ import pytest
 from demo_summary import (
     last_step,
     masks_identical,
-    median_step_seconds,
     most_held_bytes,
     read_lines,
     recomputed_blocks,
     stays,
+    step_ratio,
+    turn_medians,
 )
 
 ALL, HALF, OTHER = ["recompute"] * 2, ["recompute", "keep"], ["keep", "recompute"]
@@ -45,18 +46,27 @@ LOG = [
 
 
 def test_steps_that_a_pause_touched_are_left_out() -> None:
-    metrics = [step(0, 1), step(1, 3), step(3, 103), step(103, 104), step(104, 204), {"event": "validation"}]
-    assert median_step_seconds(metrics, pauses=[(3.5, 102.5), (150, 160)]) == 1
-    assert median_step_seconds(metrics, pauses=[]) == 2
+    metrics = [step(0, 1), step(1, 4), step(4, 103), step(103, 105), step(105, 204), {"event": "validation"}]
+    assert turn_medians(metrics, pauses=[(4.5, 102.5), (150, 160)]) == {0: 2, 1: 2}
+    assert turn_medians(metrics[:2], pauses=[]) == {0: 2}
 
 
 def test_a_pause_between_two_steps_touches_neither() -> None:
-    assert median_step_seconds([step(0, 1), step(5, 8)], pauses=[(1, 5)]) == 2
+    assert turn_medians([step(0, 1), step(5, 8)], pauses=[(1, 5)]) == {0: 1, 1: 3}
+
+
+def test_ratio_compares_turns_next_to_each_other() -> None:
+    plain = {1: 1.0, 2: 4.0, 3: 1.0}  # the machine was busy in turn 2
+    assert step_ratio({1: 1.5, 2: 6.0, 3: 1.5, 4: 99.0}, plain) == 1.5
+
+
+def test_ratio_of_runs_without_a_common_turn_compares_them_whole() -> None:
+    assert step_ratio({1: 3.0}, {0: 2.0}) == 1.5
 
 
 def test_no_undisturbed_step_is_an_error() -> None:
     with pytest.raises(ValueError, match="no step ran without a pause"):
-        median_step_seconds([step(0, 10)], pauses=[(4, 5)])
+        step_ratio(turn_medians([step(0, 10)], pauses=[(4, 5)]), {0: 1.0})
 
 
 def test_stays_tell_each_distinct_mask_once() -> None:

@@ -1,0 +1,22 @@
+"""``gradckpt bench overhead``: the object that tools read."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from support import run_command
+
+
+def test_quick_run_prints_one_object(tmp_path: Path) -> None:
+    output = tmp_path / "deep" / "overhead.json"
+    command = [sys.executable, "-m", "gradckpt_dist", "bench", "overhead", "--quick", "--json", "--output", str(output)]
+    done = run_command(command)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result == json.loads(output.read_text())
+    assert {"name", "versions", "machine", "command", "rows", "overhead_fraction", "plugin_fraction"} <= set(result)
+    assert (result["name"], result["ranks"], result["interval"]) == ("overhead", 2, 50)
+    assert [row["replica"] for row in result["rows"]] == ["plugin", "pinned"]
+    assert result["plugin_fraction"] > 0
