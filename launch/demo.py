@@ -28,6 +28,7 @@ from demo_summary import (
     Row,
     Stay,
     Summary,
+    TooShortError,
     count_blocks,
     last_step,
     masks_identical,
@@ -109,7 +110,7 @@ def empty(directory: Path) -> None:
 def progress_of(demo: Demo, arms: Sequence[Arm], console: Console) -> Iterator[Callable[[Arm], None]]:
     columns = (TextColumn("{task.description:<9}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
     if not console.is_terminal:
-        console.print(f"training {', '.join(arm.name for arm in arms)} on {demo.ranks} ranks; about four minutes")
+        console.print(f"training {', '.join(arm.name for arm in arms)} on {demo.ranks} ranks; about three minutes")
     with Progress(
         *columns, TimeElapsedColumn(), console=console, refresh_per_second=2, disable=not console.is_terminal
     ) as progress:
@@ -234,13 +235,13 @@ def main() -> int:
     signal.signal(signal.SIGTERM, end_on_signal)
     try:
         arms = run_arms(demo, console)
-    except ArmFailedError as error:
+        summary, moves = summarise(demo, arms)
+    except (ArmFailedError, TooShortError) as error:
         console.print(str(error), markup=False, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         console.print("interrupted; all runs are ended")
         return 128 + signal.SIGINT
-    summary, moves = summarise(demo, arms)
     write(summary, demo, arms)
     show_summary(summary, moves, demo, Console())
     return 0

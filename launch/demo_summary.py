@@ -13,11 +13,16 @@ Line = dict[str, Any]
 LETTERS = {"keep": "K", "recompute": "R"}
 
 
+class TooShortError(Exception):
+    """The runs hold nothing to compare."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One arm.
 
-    ``step_ratio``: the time of its steps over that of the plain arm's. ``held_bytes``: the most that a rank held for backward.
+    ``step_ratio``: the time of its steps over that of the plain arm's. ``held_bytes``: the most that a rank held for
+    backward.
     """
 
     arm: str
@@ -100,10 +105,10 @@ def step_ratio(arm: dict[int, float], plain: dict[int, float]) -> float:
     So other load on the machine, which comes and goes, meets both. Runs too short to share a turn are compared whole.
 
     Raises:
-        ValueError: one of them has no whole turn's step.
+        TooShortError: no step of one of them ran undisturbed.
     """
     if not arm or not plain:
-        raise ValueError("no step ran without a pause; let the turns be longer (--slice-seconds)")
+        raise TooShortError("no step ran without a pause; let the turns be longer (--slice-seconds)")
     shared = [arm[turn] / plain[turn] for turn in arm.keys() & plain.keys()]
     return statistics.median(shared or [statistics.median(arm.values()) / statistics.median(plain.values())])
 

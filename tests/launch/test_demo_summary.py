@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from demo_summary import (
+    TooShortError,
     last_step,
     masks_identical,
     most_held_bytes,
@@ -65,7 +66,7 @@ def test_ratio_of_runs_without_a_common_turn_compares_them_whole() -> None:
 
 
 def test_no_undisturbed_step_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no step ran without a pause"):
+    with pytest.raises(TooShortError, match="no step ran without a pause"):
         step_ratio(turn_medians([step(0, 10)], pauses=[(4, 5)]), {0: 1.0})
 
 
