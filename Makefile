@@ -16,9 +16,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@PYTHON=$$(command -v python3.11 || command -v python3) && \
 	$$PYTHON -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: Python 3.11 or later is needed"; exit 1; }; \
 	$$PYTHON -m venv .venv || { echo "make: this Python cannot make a venv; on Debian: apt install python3-venv"; exit 1; }
-	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel ninja py-cpuinfo
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation deepspeed
 	@touch $@
 
 demo: setup ## train a small GPT on real text on two ranks: plain, fully checkpointed, under gradckpt
