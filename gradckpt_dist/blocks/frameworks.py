@@ -44,6 +44,11 @@ def is_transformers_layer(module: nn.Module) -> bool:
     return _is_instance(module, "transformers.modeling_layers", "GradientCheckpointingLayer")
 
 
+def caches_exist() -> bool:
+    """Whether a transformers cache can exist at all: transformers has been imported."""
+    return "transformers" in sys.modules
+
+
 def is_transformers_cache(value: object) -> bool:
     """Whether this is a key-value cache that a transformers layer writes into."""
     if _is_instance(value, "transformers.cache_utils", "Cache"):

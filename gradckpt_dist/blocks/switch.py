@@ -50,6 +50,7 @@ class BlockSwitch:
         self._forward: SwitchedForward | None = None
         self._caches = CacheGuard(_layer(block.module))
         self._native = tuple(m for m in block.module.modules() if frameworks.is_transformers_layer(m))
+        self._plain_suffices = not self._native and block.kind is not BlockKind.CHECKPOINT_WRAPPER
 
     def install(self) -> None:
         """Route every call of the block through the dispatch, from the next one on.
@@ -86,6 +87,8 @@ class BlockSwitch:
             attributes[self._attribute] = forward.original
 
     def _run(self, plain: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._plain_suffices and not frameworks.caches_exist():
+            return self._dispatch(plain, args, kwargs)
         forward = partial(self._once, plain)
         if self._caches.present(args, kwargs) and self._dispatch.reruns and torch.is_grad_enabled():
             # As in transformers, only training does without a cache; what else has one is not recomputed.
