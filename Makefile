@@ -13,8 +13,10 @@ setup: $(STAMP) ## make .venv once, with the exact versions of constraints.txt
 
 $(STAMP): pyproject.toml constraints.txt
 	@rm -f $@
-	@PYTHON=$$(command -v python3.11 || command -v python3) && \
-	$$PYTHON -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: Python 3.11 or later is needed"; exit 1; }; \
+	@for PYTHON in python3.11 python3 ''; do \
+		$${PYTHON:-break} -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; \
+	done; \
+	[ "$$PYTHON" ] || { echo "make: Python 3.11 or later is needed, as python3.11 or python3 on PATH"; exit 1; }; \
 	$$PYTHON -m venv .venv || { echo "make: this Python cannot make a venv; on Debian: apt install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel ninja py-cpuinfo
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
@@ -38,5 +40,5 @@ bench: setup ## the plugin's own cost on this machine
 	$(BIN)/gradckpt bench overhead --output runs/bench/overhead.json
 
 clean: ## remove what was built and run
-	rm -rf .venv runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv runs build *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,7 +16,8 @@ from gradckpt_dist.agreement import create_agreement
 from gradckpt_dist.blocks import Block, find_blocks
 from gradckpt_dist.config import Config
 from gradckpt_dist.engine import Engine
-from gradckpt_dist.errors import BlocksNotFoundError, GradckptError
+from gradckpt_dist.errors import BlocksNotFoundError, ConfigError, GradckptError
+from gradckpt_dist.storage import STORAGES
 from gradckpt_dist.version import __version__
 
 CONFIG_VARIABLE = "GRADCKPT_CONFIG"
@@ -75,6 +76,14 @@ def resolve_config(config: ConfigLike) -> Config:
     Raises:
         ConfigError: it cannot be used.
     """
+    settings = _read(config)
+    missing = [name for name in settings.storages if name not in STORAGES]
+    if missing:
+        raise ConfigError(f"storages: {', '.join(missing)} not in this version; it has {', '.join(STORAGES)}")
+    return settings
+
+
+def _read(config: ConfigLike) -> Config:
     if isinstance(config, Config):
         return config
     if isinstance(config, Mapping):

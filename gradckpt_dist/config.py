@@ -131,7 +131,7 @@ class Config(_Checked):
     seed: int = _field(0, check.integer(0))
     hysteresis: float = _field(0.05, check.number(0, 1))
     reserve: None = _field(None, _reserve)
-    agreement_timeout_s: float = _field(600.0, check.number(0, low_open=True))
+    agreement_timeout_s: float = _field(600.0, check.number(0.01, 864_000))  # to a store, under 1 ms means for ever
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -203,8 +203,6 @@ def _parse(path: Path) -> Any:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     try:
         return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from None
-    except yaml.YAMLError as error:
-        detail = " ".join(str(error).split())
-        raise ConfigError(f"{path}: not valid YAML: {detail}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # YAML passes on int()'s and date()'s own errors
+        language = "JSON" if path.suffix == ".json" else "YAML"
+        raise ConfigError(f"{path}: not valid {language}: {' '.join(str(error).split())}") from None

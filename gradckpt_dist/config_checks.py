@@ -40,13 +40,17 @@ def number(low: float, high: float = math.inf, *, low_open: bool = False, high_o
     allowed = "a finite number" if math.isinf(low) and math.isinf(high) else f"a number of {bounds}"
 
     def check(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float):
             raise CheckError(allowed)
-        below = value <= low if low_open else value < low
-        above = value >= high if high_open else value > high
-        if below or above:
+        try:
+            real = float(value)
+        except OverflowError:
+            raise CheckError(allowed) from None
+        below = real <= low if low_open else real < low
+        above = real >= high if high_open else real > high
+        if below or above or not math.isfinite(real):
             raise CheckError(allowed)
-        return float(value)
+        return real
 
     return check
 

@@ -39,6 +39,8 @@ class Knowledge:
         held, peak, self.plugin_seconds = maxima[3 * blocks :]
         if not held:
             return
+        # A compiled variant does not run what `keep` would: then what was known before stays.
+        keep = tuple(new or old for new, old in zip(keep, self.stored_bytes.get("keep", keep), strict=True))
         self.held_bytes, self.peak_bytes = int(held), int(peak)
         self.stored_bytes |= {"keep": keep, "recompute": recompute}
         for name in set(mask.storages) - {"keep", "recompute"}:

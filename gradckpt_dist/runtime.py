@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from gradckpt_dist.storage import Forward, Storage, create_storage
+from gradckpt_dist.storage import Forward, Storage, StorageContext, create_storage
 
 
 class Watch(Protocol):
@@ -21,9 +21,10 @@ class Watch(Protocol):
 class Gate:
     """Open while the root runs forward in training with gradients on; shared by the blocks of an engine."""
 
-    __slots__ = ("open", "watch")
+    __slots__ = ("context", "open", "watch")
 
     def __init__(self) -> None:
+        self.context = StorageContext()
         self.open = False
         self.watch: Watch | None = None
 
@@ -58,7 +59,7 @@ class BlockRuntime:
             StorageError: the storage cannot serve this block.
         """
         if storage not in self._storages:
-            self._storages[storage] = create_storage(storage, self._module)
+            self._storages[storage] = create_storage(storage, self._module, self._gate.context)
         self._storage = self._storages[storage]
 
     def __call__(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

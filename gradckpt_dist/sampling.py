@@ -38,6 +38,6 @@ class Sampler:
         if self._ledger is None:
             output = storage.run(forward, *args, **kwargs)
         else:
-            output = self._ledger.run(index, storage.run, forward, args, kwargs)
+            output = self._ledger.run(index, storage, forward, args, kwargs)
         self._impact.watch(index, output)
         return output

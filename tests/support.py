@@ -13,12 +13,14 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
+from demo_arms import Process, process_tree
 
 GRACE_SECONDS = 10.0
 
@@ -36,10 +38,11 @@ def run_distributed_test(
 ) -> None:
     """Call ``func(*args)`` on ``world_size`` gloo ranks, each a process with the default group initialised.
 
-    ``func`` is a function of a test module. Ranks in ``may_die`` may be killed by a signal.
+    ``func`` is a function of a test module. Ranks in ``may_die`` may end with any exit code, or by a signal.
 
     Raises:
-        RankError: with the traceback of the first rank that failed, or who died or was still running at the end.
+        RankError: the tracebacks of the ranks that failed, the first one first; which ranks died without one; which
+            were still running at the end.
     """
     context = multiprocessing.get_context("spawn")
     file = Path(inspect.getfile(func))
@@ -65,30 +68,71 @@ def run_torchrun(
     """``torchrun --nproc-per-node RANKS SCRIPT ARGS``; ``script`` may be ``-m`` with a module as first argument.
 
     Raises:
-        subprocess.TimeoutExpired: it ran too long; its whole process group has been killed.
+        subprocess.TimeoutExpired: it ran too long; all its processes have been killed.
     """
     launch = [sys.executable, "-m", "torch.distributed.run", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
     command = [*launch, f"--nproc-per-node={ranks}", str(script), *args]
     return run_command(command, timeout_seconds, OMP_NUM_THREADS="1", **environment)
 
 
-def run_command(command: list[str], timeout_seconds: float = 180.0, **environment: str) -> Any:
-    """Run a command to its end, output captured as text; on a timeout its whole session is killed."""
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | environment,
-        start_new_session=True,
-    )
+def run_command(
+    command: list[str], timeout_seconds: float = 180.0, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, output captured as text.
+
+    Raises:
+        subprocess.TimeoutExpired: with the output so far. The command and all that came from it have been killed: the
+            workers of torchrun too, which are in sessions of their own.
+    """
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        # Files, not pipes: a process that outlives the command would hold a pipe open, and reading would not end.
+        process = subprocess.Popen(
+            command, stdout=output, stderr=errors, env=os.environ | environment, start_new_session=True
+        )
+        try:
+            process.wait(timeout_seconds)
+        except subprocess.TimeoutExpired as expired:
+            raise subprocess.TimeoutExpired(command, timeout_seconds, _text(output), _text(errors)) from expired
+        finally:
+            if process.returncode is None:
+                _kill_tree(process.pid)
+                process.wait()
+        return subprocess.CompletedProcess(command, process.returncode, _text(output), _text(errors))
+
+
+@contextmanager
+def interruptible(command: list[str], **options: Any) -> Iterator[subprocess.Popen[Any]]:
+    """A command that SIGINT reaches even where these tests run with it ignored (as a background job does).
+
+    Whatever is left of it and of what came from it at the end is killed.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a child inherits only that a signal is ignored
     try:
-        output, errors = process.communicate(timeout=timeout_seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        process = subprocess.Popen(command, **options)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            _kill_tree(process.pid)
         process.communicate()
-        raise
-    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
+def _text(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read()
+
+
+def _kill_tree(root: int) -> None:
+    family: set[Process] = set()
+    while more := process_tree(root) - family:
+        for process in more:
+            process.send(signal.SIGSTOP)
+        family |= more
+    for process in family:
+        process.send(signal.SIGKILL)
 
 
 def free_port() -> int:
@@ -107,14 +151,15 @@ def _wait(ranks: list[Any], folder: Path, timeout_seconds: float, may_die: Colle
             break
         time.sleep(0.05)
     reports = sorted(folder.glob("failure*"), key=lambda path: path.stat().st_mtime)
-    if reports:
-        raise RankError("\n".join(path.read_text() for path in reports))
-    hung = [rank for rank, process in enumerate(ranks) if process.is_alive()]
-    died = {rank: process.exitcode for rank, process in enumerate(ranks) if process.exitcode and rank not in may_die}
-    if died:
-        raise RankError(f"ranks died with exit codes {died}")
-    if hung:
-        raise RankError(f"ranks {hung} were still running after {timeout_seconds:g} s")
+    wrong = [path.read_text() for path in reports]
+    reported = {int(path.name.removeprefix("failure")) for path in reports}
+    for rank, process in enumerate(ranks):
+        if process.is_alive():
+            wrong.append(f"rank {rank} was still running at the end; {timeout_seconds:g} s are allowed")
+        elif process.exitcode and rank not in may_die and rank not in reported:
+            wrong.append(f"rank {rank} died with exit code {process.exitcode}")
+    if wrong:
+        raise RankError("\n".join(wrong))
 
 
 def _run_rank(file: str, name: str, rank: int, world_size: int, folder: str, args: tuple[Any, ...]) -> None:

@@ -19,6 +19,8 @@ Facts = Mapping[str, Any]
 
 _MAX_TEXT_BYTES = 1 << 22
 _LAST_WORDS_SECONDS = 3.0
+_VERDICT_SECONDS = 3.0
+"""What the first rank gets, once its own time is up, to say who is missing."""
 
 
 class RollCall:
@@ -51,7 +53,7 @@ class RollCall:
         verdict_key = f"{call}/verdict"
         if self._rank == self._ranks[0]:
             self._store.set(verdict_key, json.dumps(self._judge(call)))
-        elif not self._arrived([verdict_key]):
+        elif not self._verdict_arrived(call, verdict_key):
             raise AgreementError(f"no word within {self._timeout.total_seconds():g} s", rank=self._ranks[0], step=step)
         return self._read(verdict_key)
 
@@ -72,20 +74,39 @@ class RollCall:
             missing = [rank for rank, key in zip(self._ranks, keys, strict=True) if not self._store.check([key])]
             seconds = self._timeout.total_seconds()
             return {"rank": missing[0], "reason": f"ranks {missing} did not take part within {seconds:g} s"}
-        reference = self._read(keys[0])
+        reference: Facts | None = None
         for rank, key in zip(self._ranks, keys, strict=True):
-            facts = self._read(key)
+            try:
+                facts = self._read_facts(key)
+            except AgreementError as error:
+                return {"rank": rank, "reason": error.reason}
+            reference = facts if reference is None else reference
             reason = facts.get("error") or first_difference(reference, facts, self._ranks[0], rank)
             if reason:
                 return {"rank": rank, "reason": reason}
         return None
 
-    def _arrived(self, keys: list[str]) -> bool:
+    def _verdict_arrived(self, call: str, verdict_key: str) -> bool:
+        # The first rank may have come later than this one, and waits for the others from then on.
+        if not self._arrived([f"{call}/{self._ranks[0]}"]):
+            return False
+        return self._arrived([verdict_key], self._timeout + timedelta(seconds=_VERDICT_SECONDS))
+
+    def _arrived(self, keys: list[str], timeout: timedelta | None = None) -> bool:
         try:
-            self._store.wait(keys, self._timeout)
+            self._store.wait(keys, self._timeout if timeout is None else timeout)
         except RuntimeError:  # each kind of store says by another error that the time is up
             return self._store.check(keys)
         return True
+
+    def _read_facts(self, key: str) -> Facts:
+        try:
+            facts = self._read(key)
+        except (ValueError, RecursionError) as error:
+            raise AgreementError(f"the text under {key!r} is not JSON: {error}") from None
+        if not isinstance(facts, dict):
+            raise AgreementError(f"the text under {key!r} is no JSON object")
+        return facts
 
     def _read(self, key: str) -> Any:
         text = self._store.get(key)

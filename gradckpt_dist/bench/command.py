@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,9 @@ from rich.table import Table
 
 from gradckpt_dist.bench.overhead import bench_overhead
 from gradckpt_dist.bench.record import write
+from gradckpt_dist.bench.storage import bench_storage
+
+_PIPED_COLUMNS = 240
 
 
 class Bench(Protocol):
@@ -23,6 +27,7 @@ class Bench(Protocol):
 
 BENCHES: dict[str, tuple[Bench, str]] = {
     "overhead": (bench_overhead, "the plugin's own cost, against a pinned mask"),
+    "storage": (bench_storage, "bytes, seconds and gradient error of every storage, against keep"),
 }
 
 
@@ -52,7 +57,8 @@ def _execute(run: Bench) -> Callable[[argparse.Namespace], None]:
 
 
 def _show(result: dict[str, Any]) -> None:
-    console = Console()
+    # rich takes a pipe for 80 columns and would cut the table's figures off.
+    console = Console(width=None if sys.stdout.isatty() else _PIPED_COLUMNS)
     figures = {key: value for key, value in result.items() if key not in {"rows", "versions", "machine"}}
     for key, value in figures.items():
         console.print(f"{key}: {value}")

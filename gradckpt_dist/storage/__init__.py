@@ -6,21 +6,31 @@ from torch import nn
 
 from gradckpt_dist.errors import StorageError
 from gradckpt_dist.storage.base import Forward, Storage
+from gradckpt_dist.storage.compiled import CompiledSelective, CompiledSelectiveHalf, is_compiled
+from gradckpt_dist.storage.context import StorageContext
 from gradckpt_dist.storage.keep import Keep
+from gradckpt_dist.storage.offload import Offload
 from gradckpt_dist.storage.recompute import Recompute
 
-STORAGES: dict[str, type[Storage]] = {storage.name: storage for storage in (Keep, Recompute)}
+STORAGES: dict[str, type[Storage]] = {storage.name: storage for storage in (Keep, Recompute, Offload)}
+
+COMPILED_STORAGES: dict[str, type[Storage]] = {
+    storage.name: storage for storage in (CompiledSelective, CompiledSelectiveHalf)
+}
+"""What takes a storage's place where the user has compiled the block."""
 
 
-def create_storage(name: str, block: nn.Module) -> Storage:
-    """The storage of that name for one block.
+def create_storage(name: str, block: nn.Module, context: StorageContext | None = None) -> Storage:
+    """The storage of that name for one block; ``context`` is what it shares with those of the same engine's blocks.
 
     Raises:
         StorageError: this version has no such storage.
     """
+    if name in COMPILED_STORAGES and is_compiled(block):
+        return COMPILED_STORAGES[name].create(block, context or StorageContext())
     if name not in STORAGES:
         raise StorageError(f"storage {name!r} is not available; this version has: {', '.join(STORAGES)}")
-    return STORAGES[name](block)
+    return STORAGES[name].create(block, context or StorageContext())
 
 
-__all__ = ["STORAGES", "Forward", "Storage", "create_storage"]
+__all__ = ["STORAGES", "Forward", "Storage", "StorageContext", "create_storage"]

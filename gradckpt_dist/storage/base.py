@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import nn
+
+from gradckpt_dist.storage.context import StorageContext
 
 Forward = Callable[..., Any]
 
@@ -28,6 +30,16 @@ class Storage(ABC):
         self.block = block
         self.recomputes = 0
         """Times that the block's forward was run again in full in a backward pass."""
+
+    @classmethod
+    def create(cls, block: nn.Module, context: StorageContext) -> Self:
+        """The storage of ``block``; one that shares something with those of other blocks takes it from ``context``."""
+        return cls(block)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that this storage holds now by itself, outside of the tensors that autograd saves."""
+        return 0
 
     @abstractmethod
     def run(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:

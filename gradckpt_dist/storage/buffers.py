@@ -15,38 +15,47 @@ Snapshot = dict[BufferKey, torch.Tensor]
 class BufferGuard:
     """Keeps a recomputation from changing buffers, such as BatchNorm's running statistics.
 
-    Which buffers a forward changes is read off their version counters, so that any module is covered and only those
-    buffers are copied. The first forward copies them all, once.
+    Which buffers a forward changes is seen in the first one, which copies them all; from then on only those are copied.
+    Both version counters and values are compared: BatchNorm's kernels write without counting, and a counted write may
+    leave the value as it was. Switching between training and evaluation inside the block starts this again.
     """
 
     def __init__(self, block: nn.Module) -> None:
-        self._watched: tuple[BufferKey, ...] = tuple(
+        self._all: tuple[BufferKey, ...] = tuple(
             (module, name)
             for module in block.modules()
             for name in module._buffers
             if module._buffers[name] is not None
         )
-        self._settled = not self._watched
+        self._watched = self._all
+        self._settled_modes: tuple[bool, ...] | None = None if self._all else ()
 
     def snapshot(self) -> Snapshot:
         """Copies of the buffers as they are before the first forward; empty for a block that changes none."""
+        if self._settled_modes is not None and self._settled_modes != self._modes():
+            self._watched, self._settled_modes = self._all, None
         return {(module, name): _buffer(module, name).detach().clone() for module, name in self._watched}
 
     def versions(self) -> tuple[int, ...]:
         """Version counters to hand to ``settle`` after the forward; empty once settled."""
-        return () if self._settled else tuple(_buffer(*key)._version for key in self._watched)
+        return () if self._settled_modes is not None else tuple(_buffer(*key)._version for key in self._watched)
 
     def settle(self, before: tuple[int, ...], snapshot: Snapshot) -> None:
-        """Watch from now on only the buffers whose counter has moved, and drop the copies of the others."""
-        if self._settled:
+        """Watch from now on only the buffers that have changed, and drop the copies of the others."""
+        if self._settled_modes is not None:
             return
-        moved = tuple(
-            key for key, version in zip(self._watched, before, strict=True) if _buffer(*key)._version != version
+        changed = tuple(
+            key
+            for key, version in zip(self._watched, before, strict=True)
+            if _buffer(*key)._version != version or not torch.equal(_buffer(*key), snapshot[key])
         )
         for key in self._watched:
-            if key not in moved:
+            if key not in changed:
                 del snapshot[key]
-        self._watched, self._settled = moved, True
+        self._watched, self._settled_modes = changed, self._modes()
+
+    def _modes(self) -> tuple[bool, ...]:
+        return tuple(module.training for module, _ in self._all)
 
     @contextmanager
     def substituted(self, snapshot: Snapshot) -> Iterator[None]:

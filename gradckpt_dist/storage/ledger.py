@@ -6,7 +6,7 @@ is not measured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,8 @@ from torch._C import _autograd
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
+
+from gradckpt_dist.storage.base import Forward, Storage
 
 
 def is_parameter(tensor: torch.Tensor) -> bool:
@@ -49,7 +51,8 @@ class Ledger:
 
     def __init__(self, blocks: int) -> None:
         self._refs: dict[int, int] = {}
-        self._live_bytes = 0
+        self._saved_bytes = 0
+        self._storages: dict[int, Storage] = {}
         self._held_bytes = 0
         self._peak_bytes = 0
         self._keep = _PerForward(blocks)
@@ -76,23 +79,29 @@ class Ledger:
             for per_block in (self._keep, self._recompute, self._stored):
                 per_block.close()
 
-    def run(self, index: int, run: Callable[..., Any], forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Call ``run(forward, *args, **kwargs)``, a storage's, for the block at ``index`` and book its bytes."""
+    def run(self, index: int, storage: Storage, forward: Forward, args: Any, kwargs: Any) -> Any:
+        """Call ``storage.run(forward, *args, **kwargs)`` for the block at ``index`` and book its bytes."""
         inputs = self._new_bytes(tree_leaves((args, kwargs)))
-        before = self._live_bytes
+        self._storages[index] = storage
+        before = self.live_bytes
         inside = _Inside(self)
 
         def metered(*args: Any, **kwargs: Any) -> Any:
             with inside.counted():
                 return forward(*args, **kwargs)
 
-        result = run(metered, *args, **kwargs)
-        stored = self._live_bytes - before
+        result = storage.run(metered, *args, **kwargs)
         inside.first = False
-        self._stored.add(index, stored)
+        self._stored.add(index, self.live_bytes - before)
+        self._held_bytes = max(self._held_bytes, self.live_bytes)
         self._recompute.add(index, inputs)
         self._keep.add(index, inside.bytes)
         return result
+
+    @property
+    def live_bytes(self) -> int:
+        """Held now: what autograd saves, and what the storages hold by themselves."""
+        return self._saved_bytes + sum(storage.held_bytes for storage in self._storages.values())
 
     def measurement(self) -> Measurement:
         """What was counted, to be read at the end of the step."""
@@ -110,7 +119,7 @@ class Ledger:
 
     def note_working_set(self, extra_bytes: int) -> None:
         """A recomputation has brought back ``extra_bytes`` on top of what is held."""
-        self._peak_bytes = max(self._peak_bytes, self._live_bytes + extra_bytes)
+        self._peak_bytes = max(self._peak_bytes, self.live_bytes + extra_bytes)
 
     def _new_bytes(self, leaves: Sequence[Any]) -> int:
         sizes = {
@@ -127,8 +136,8 @@ class Ledger:
         count = self._refs.get(key, 0)
         self._refs[key] = count + 1
         if count == 0:
-            self._live_bytes += size_bytes
-            self._held_bytes = max(self._held_bytes, self._live_bytes)
+            self._saved_bytes += size_bytes
+            self._held_bytes = max(self._held_bytes, self.live_bytes)
 
     def _release(self, key: int, size_bytes: int) -> None:
         count = self._refs[key] - 1
@@ -136,7 +145,7 @@ class Ledger:
             self._refs[key] = count
         else:
             del self._refs[key]
-            self._live_bytes -= size_bytes
+            self._saved_bytes -= size_bytes
 
 
 class _Held:

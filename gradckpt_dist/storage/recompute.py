@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from gradckpt_dist.storage.base import Forward, Storage
 from gradckpt_dist.storage.buffers import BufferGuard
+
+
+class Passes(Protocol):
+    """What surrounds the passes of one call of a block through its forward."""
+
+    def first(self) -> AbstractContextManager[None]:
+        """Entered around the forward pass."""
+
+    def again(self) -> AbstractContextManager[None]:
+        """Entered around each run in backward, which may be left by an exception: checkpoint's early stop."""
 
 
 class Recompute(Storage):
@@ -28,6 +40,7 @@ class Recompute(Storage):
         keywords = tuple(kwargs)
         buffers = self._buffers
         snapshot, versions = buffers.snapshot(), buffers.versions()
+        passes = self._passes((*args, *kwargs.values()))
         first = True
 
         def call(*values: Any) -> Any:
@@ -36,11 +49,29 @@ class Recompute(Storage):
             keyword_values = dict(zip(keywords, values[split:], strict=True))
             if first:
                 first = False
-                result = forward(*values[:split], **keyword_values)
+                with passes.first():
+                    result = forward(*values[:split], **keyword_values)
                 buffers.settle(versions, snapshot)
                 return result
-            self.recomputes += 1
-            with buffers.substituted(snapshot):
+            with buffers.substituted(snapshot), passes.again():
                 return forward(*values[:split], **keyword_values)
 
         return checkpoint(call, *args, *kwargs.values(), use_reentrant=False, preserve_rng_state=True)
+
+    def _passes(self, inputs: tuple[Any, ...]) -> Passes:
+        """What surrounds the passes of a call with these inputs, made anew for each call."""
+        return _InFull(self)
+
+
+class _InFull:
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        self._storage.recomputes += 1
+        yield

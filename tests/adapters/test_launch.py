@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support import run_command, run_torchrun
+from support import interruptible, run_command, run_torchrun
 
 MODEL = """
 import torch
@@ -172,7 +172,7 @@ def test_interrupt_reaches_the_script(folder: Path) -> None:
         """,
     )
     command = [sys.executable, "-m", "gradckpt_dist", "run", str(script)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with interruptible(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         time.sleep(0.2)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from demo_arms import Process, process_tree
+from support import interruptible
 
 REPOSITORY = Path(__file__).parents[2]
 SIZES = {"batch": 2, "context": 16, "width": 16, "layers": 3, "heads": 2, "validation-tokens": 600}
@@ -46,15 +47,14 @@ def test_failing_arm_ends_the_demo_with_its_log(tmp_path: Path) -> None:
 
 def test_ctrl_c_ends_all_processes(tmp_path: Path) -> None:
     family: set[Process] = set()
-    with subprocess.Popen(
-        demo(tmp_path, "--steps", "100000", "--slice-seconds", "1"), cwd=REPOSITORY, stderr=subprocess.DEVNULL
-    ) as running:
+    command = demo(tmp_path, "--steps", "100000", "--slice-seconds", "1")
+    with interruptible(command, cwd=REPOSITORY, stderr=subprocess.DEVNULL) as running:
         while not (tmp_path / "gradckpt.log").exists():  # by then plain and full are stopped
             assert running.poll() is None
             family |= process_tree(running.pid)
             time.sleep(0.1)
         family |= process_tree(running.pid)
         running.send_signal(signal.SIGINT)
-        assert running.wait(30) == 130
+        assert running.wait(60) == 130
     assert len(family) > 3
     assert {process.state() for process in family} <= {"X", "Z"}

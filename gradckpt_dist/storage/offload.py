@@ -1,0 +1,241 @@
+"""``offload``: what backward will need waits in host memory."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves
+
+from gradckpt_dist.storage.base import Forward, Storage
+from gradckpt_dist.storage.context import StorageContext
+from gradckpt_dist.storage.lane import Fetchable, OffloadLane
+from gradckpt_dist.storage.ledger import is_parameter
+
+SMALL_BYTES = 16 * 1024
+"""Tensors whose storage is smaller stay where they are."""
+
+
+class Offload(Storage):
+    """Copies each saved storage once to pinned host memory, beside the computation, and back before it is needed.
+
+    When a block's backward begins, the block that comes after it in backward is fetched, so that at most two are back
+    at a time. Parameters, buffers, small and expanded tensors, tensor subclasses, and what is not on the device of the
+    block's inputs stay as they are; so does what the lane's limit does not admit. A graph that is retained after
+    backward stays on the device until it is freed. The path for devices with streams has not yet run on a GPU.
+    """
+
+    name = "offload"
+    exact = True
+    reruns = False
+
+    def __init__(self, block: nn.Module, lane: OffloadLane) -> None:
+        super().__init__(block)
+        self._lane = lane
+        self._account = _Account()
+
+    @classmethod
+    def create(cls, block: nn.Module, context: StorageContext) -> Self:
+        return cls(block, context.lane)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes on the device now: what was passed through, and what has been fetched."""
+        return self._account.held_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the host buffers that this block uses now."""
+        return self._account.host_bytes
+
+    def run(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        call = _Call(self._lane, self._account, self.block, _device_of(self.block, args, kwargs))
+        try:
+            with saved_tensors_hooks(call.pack, _unpack):
+                return forward(*args, **kwargs)
+        finally:
+            call.seal()
+
+
+class _Account:
+    """Live bytes of one block."""
+
+    def __init__(self) -> None:
+        self.held_bytes = 0
+        self.host_bytes = 0
+
+
+class _Copy:
+    """One storage in a host buffer, fetched at most once, alive for as long as a node has it saved."""
+
+    __slots__ = ("__weakref__", "_account", "_buffer", "_device", "_flat", "_lane", "_ready", "_size_bytes")
+
+    def __init__(self, flat: torch.Tensor, buffer: torch.Tensor, lane: OffloadLane, account: _Account) -> None:
+        self._buffer = buffer
+        self._lane = lane
+        self._account = account
+        self._device = flat.device
+        self._size_bytes = flat.numel()
+        self._flat: torch.Tensor | None = None
+        self._ready: Any = None
+        account.host_bytes += buffer.numel()
+        lane.carrier(self._device).store(flat, buffer)
+
+    def fetch(self) -> torch.Tensor:
+        """Begin to bring it back."""
+        if self._flat is None:
+            self._flat, self._ready = self._lane.carrier(self._device).fetch(self._buffer, self._size_bytes)
+            self._account.held_bytes += self._size_bytes
+        return self._flat
+
+    def arrive(self) -> torch.UntypedStorage:
+        """The storage on the device again."""
+        flat = self.fetch()
+        self._lane.carrier(self._device).arrive(flat, self._ready)
+        return flat.untyped_storage()
+
+    def __del__(self) -> None:
+        self._account.host_bytes -= self._buffer.numel()
+        self._lane.pool.give(self._buffer, self._device)
+        if self._flat is not None:
+            self._account.held_bytes -= self._size_bytes
+
+
+class _Kept:
+    """One storage that stays on the device, counted for as long as a node has it saved."""
+
+    __slots__ = ("_account", "_size_bytes")
+
+    def __init__(self, size_bytes: int, account: _Account) -> None:
+        self._size_bytes = size_bytes
+        self._account = account
+        account.held_bytes += size_bytes
+
+    def __del__(self) -> None:
+        self._account.held_bytes -= self._size_bytes
+
+
+class _Saved:
+    """A saved tensor whose storage is on the host, or with ``copy=None`` one that has stayed."""
+
+    __slots__ = ("_call", "_copy", "_dtype", "_kept", "_place", "_tensor", "_version")
+
+    def __init__(self, tensor: torch.Tensor, call: _Call, copy: _Copy | None, kept: _Kept | None) -> None:
+        self._call = call
+        self._copy = copy
+        self._kept = kept
+        self._dtype = tensor.dtype
+        self._place = (tensor.storage_offset(), tensor.shape, tensor.stride()) if copy is not None else None
+        self._version = tensor._version
+        self._tensor = tensor if copy is None else _without_memory(tensor)
+
+    def tensor(self) -> torch.Tensor:
+        # A saved tensor with hooks escapes autograd's own version check.
+        if self._tensor._version != self._version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation after "
+                f"its block had saved it: {self._dtype} is at version {self._tensor._version}, expected version "
+                f"{self._version}; write to a clone instead"
+            )
+        self._call.begin_backward()
+        if self._copy is None or self._place is None:
+            return self._tensor
+        return torch.empty(0, dtype=self._dtype, device=self._tensor.device).set_(self._copy.arrive(), *self._place)
+
+
+class _Call:
+    """One forward of one block."""
+
+    def __init__(self, lane: OffloadLane, account: _Account, block: nn.Module, device: torch.device | None) -> None:
+        self._lane = lane
+        self._account = account
+        self._device = device
+        self._buffers = {buffer.untyped_storage()._cdata for buffer in block.buffers() if _is_plain(buffer)}
+        # The weak references keep a storage's identity from being used again while it is a key.
+        self._seen: dict[tuple[int, int], tuple[StorageWeakRef, _Copy | _Kept]] = {}
+        self._copies: list[weakref.ref[_Copy]] = []
+        self._previous: weakref.ref[Fetchable] | None = None
+        self._in_backward = False
+
+    def pack(self, tensor: torch.Tensor) -> _Saved:
+        if is_parameter(tensor):
+            # The object itself: ZeRO-3 swaps the memory behind it.
+            return _Saved(tensor, self, None, None)
+        # An output that kept its history would keep the node that saves it alive, and itself with it.
+        tensor = tensor.detach()
+        if not _is_plain(tensor):
+            return _Saved(tensor, self, None, None)
+        storage = tensor.untyped_storage()
+        key = (storage._cdata, tensor._version)
+        if key not in self._seen:
+            self._seen[key] = (StorageWeakRef(storage), self._put(tensor, storage))  # type: ignore[no-untyped-call]
+        place = self._seen[key][1]
+        return _Saved(tensor, self, place, None) if isinstance(place, _Copy) else _Saved(tensor, self, None, place)
+
+    def seal(self) -> None:
+        """End of the forward: from here on only the graph holds what was saved."""
+        places = [place for _, place in self._seen.values()]
+        self._copies = [weakref.ref(place) for place in places if isinstance(place, _Copy)]
+        self._seen.clear()
+        if self._copies:
+            self._previous = self._lane.join(self)
+
+    def begin_backward(self) -> None:
+        """Fetch this call, unless that was done in time, and then the one that backward comes to next."""
+        if self._in_backward:
+            return
+        self._in_backward = True
+        self.fetch()
+        previous = self._previous() if self._previous is not None else None
+        if previous is not None:
+            previous.fetch()
+
+    def fetch(self) -> None:
+        for reference in self._copies:
+            copy = reference()
+            if copy is not None:
+                copy.fetch()
+
+    def _put(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> _Copy | _Kept:
+        if self._may_move(tensor, storage):
+            buffer = self._lane.take(storage.nbytes(), tensor.device)
+            if buffer is not None:
+                flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+                return _Copy(flat, buffer, self._lane, self._account)
+        return _Kept(storage.nbytes(), self._account)
+
+    def _may_move(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> bool:
+        return (
+            storage.nbytes() >= SMALL_BYTES
+            and tensor.device == self._device
+            and storage._cdata not in self._buffers
+            and not (tensor.is_conj() or tensor.is_neg())
+            and not any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        )
+
+
+def _unpack(saved: _Saved) -> torch.Tensor:
+    return saved.tensor()
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return type(tensor) is torch.Tensor and tensor.layout is torch.strided
+
+
+def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that shares this one's version counter and not its storage."""
+    probe = tensor.detach()
+    probe.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return probe
+
+
+def _device_of(block: nn.Module, args: Any, kwargs: Any) -> torch.device | None:
+    inputs = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+    tensor = next(inputs, None)
+    if tensor is None:
+        tensor = next(block.parameters(), None)
+    return None if tensor is None else tensor.device
