@@ -154,10 +154,10 @@ class Engine:
         pinned = storages is not None
         self._agreement.compare({"mask": list(mask.storages), "pinned": pinned}, self._step)
         self._drain()
-        self._pinned = pinned
         if pinned:
             self._apply(mask)
             self._log_mask("set_mask")
+        self._pinned = pinned
         self._wake_step = self._step + 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -279,7 +279,10 @@ class Engine:
         self._log_mask("decision")
 
     def _apply(self, mask: Mask) -> None:
-        for runtime, storage in zip(self._runtimes, mask.storages, strict=True):
+        switched = list(zip(self._runtimes, mask.storages, strict=True))
+        for runtime, storage in switched:
+            runtime.prepare(storage)
+        for runtime, storage in switched:
             runtime.use(storage)
         self._mask = mask
 

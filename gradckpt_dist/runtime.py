@@ -52,14 +52,22 @@ class BlockRuntime:
         """Times that the block was run again in full, since the engine was made."""
         return sum(storage.recomputes for storage in self._storages.values())
 
-    def use(self, storage: str) -> None:
-        """Switch; a forward that has begun keeps the storage it began with.
+    def prepare(self, storage: str) -> None:
+        """Make a storage, so that ``use`` cannot fail half-way through the blocks.
 
         Raises:
             StorageError: the storage cannot serve this block.
         """
         if storage not in self._storages:
             self._storages[storage] = create_storage(storage, self._module, self._gate.context)
+
+    def use(self, storage: str) -> None:
+        """Switch; a forward that has begun keeps the storage it began with.
+
+        Raises:
+            StorageError: as ``prepare``.
+        """
+        self.prepare(storage)
         self._storage = self._storages[storage]
 
     def __call__(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -11,6 +11,7 @@ The text ships with Python (``pydoc_data.topics``), so that nothing is downloade
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -267,6 +268,8 @@ def main() -> None:
         train(options, text)
     finally:
         dist.destroy_process_group()
+        # DDP and FSDP, in reference cycles, hold the group: gloo's threads must have ended before Python begins to.
+        gc.collect()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import inspect
 import multiprocessing
@@ -170,11 +171,22 @@ def _run_rank(file: str, name: str, rank: int, world_size: int, folder: str, arg
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
         try:
             func(*args)
+        except BaseException:
+            # Before the group goes, which makes the others fail too.
+            _report(folder, rank)
+            raise
         finally:
             dist.destroy_process_group()
+            # A wrapped model, in a reference cycle, holds the group; a thread of gloo's that outlives Python aborts.
+            gc.collect()
     except BaseException:
-        Path(folder, f"failure{rank}").write_text(f"rank {rank}:\n{traceback.format_exc()}")
+        if not Path(folder, f"failure{rank}").exists():
+            _report(folder, rank)
         sys.exit(1)
+
+
+def _report(folder: str, rank: int) -> None:
+    Path(folder, f"failure{rank}").write_text(f"rank {rank}:\n{traceback.format_exc()}")
 
 
 def _load(file: str) -> Any:

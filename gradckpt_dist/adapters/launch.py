@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import runpy
 import sys
@@ -45,6 +46,9 @@ def run_script(script: str, arguments: Sequence[str], config_path: str | None) -
         watch.arm()
     runpy.run_path(str(path), run_name="__main__")
     watch.report()
+    del watch
+    # Wrapped models hold process groups; a thread of gloo's that outlives the interpreter's end aborts the process.
+    gc.collect()
 
 
 def _show_messages(config: Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import tempfile
@@ -49,5 +50,7 @@ def _run(worker: Worker, rank: int, ranks: int, folder: str, arguments: dict[str
         result = worker(rank, **arguments)
     finally:
         dist.destroy_process_group()
+        # A wrapped model, in a reference cycle, holds the group; a thread of gloo's that outlives Python aborts.
+        gc.collect()
     if rank == 0:
         Path(folder, "result.json").write_text(json.dumps(result), encoding="utf-8")

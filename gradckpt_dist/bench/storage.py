@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 
 from gradckpt_dist.bench.demo_model import load_text_model
 from gradckpt_dist.bench.ranks import on_ranks
@@ -175,21 +174,8 @@ class _Arm:
             x = ledger.run(index, storage, storage.block, (x,), {})
         ledger.end_forward()
         held_bytes = ledger.live_bytes
-        # After each node, when what it saved is back and not yet freed.
-        _after_each_node(x, lambda: ledger.note_working_set(0))
         self._backward(x)
         return held_bytes, ledger.measurement().peak_bytes
-
-
-def _after_each_node(output: Tensor, call: Callable[[], None]) -> None:
-    found: set[Node] = set()
-    waiting = [output.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in found:
-            found.add(node)
-            node.register_hook(lambda *_: call())
-            waiting += [following for following, _ in node.next_functions]
 
 
 def _relative_error(gradients: Sequence[Tensor], reference: Sequence[Tensor]) -> float:

@@ -97,7 +97,7 @@ class BlockSwitch:
             args, kwargs = self._caches.withheld(args, kwargs)
         return self._dispatch(forward, args, kwargs)
 
-    def _once(self, plain: Call, *args: Any, **kwargs: Any) -> Any:
+    def _once(self, plain: Call, /, *args: Any, **kwargs: Any) -> Any:
         with _native_checkpointing_off(self._native):
             if self.block.kind is BlockKind.CHECKPOINT_WRAPPER:
                 return self.block.module.get_submodule("_checkpoint_wrapped_module")(*args, **kwargs)

@@ -49,8 +49,8 @@ class RunningImpact:
         A window that a faulty rank has made non-finite or negative counts as dropped.
         """
         *squares, count, dropped = sums
-        self.dropped_samples += int(dropped) if math.isfinite(dropped) else 0
-        sound = math.isfinite(count) and all(math.isfinite(value) and value >= 0 for value in squares)
+        self.dropped_samples += int(dropped) if _sound(dropped) else 0
+        sound = all(_sound(value) for value in (*squares, count))
         if not sound:
             self.dropped_samples += 1
         if not sound or count < 1:
@@ -64,3 +64,7 @@ class RunningImpact:
     def impacts(self) -> tuple[float, ...]:
         """I_i by block; their mean square is 1. Empty before the first sample."""
         return tuple(math.sqrt(value) for value in self.mean_square)
+
+
+def _sound(value: float) -> bool:
+    return math.isfinite(value) and value >= 0

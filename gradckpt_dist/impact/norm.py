@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from gradckpt_dist.impact.base import Impact
@@ -27,8 +28,10 @@ class NormImpact(Impact):
         self._window = torch.zeros(blocks + 2, dtype=dtype, device=device)
 
     def watch(self, index: int, output: Any) -> None:
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+        tensors = {id(leaf): leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)}
+        for leaf in tensors.values():
+            # A hook on a parameter that a block hands out would outlive the step.
+            if leaf.requires_grad and not isinstance(leaf, nn.Parameter):
                 leaf.register_hook(_AddSquare(self._step[index]))  # type: ignore[no-untyped-call]
 
     def end_step(self) -> None:
@@ -56,5 +59,5 @@ class _AddSquare:
 
     @torch.no_grad()
     def __call__(self, grad: torch.Tensor) -> None:
-        norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
         self._cell.add_(norm.to(self._cell.device, self._cell.dtype).square_())

@@ -42,5 +42,5 @@ class Storage(ABC):
         return 0
 
     @abstractmethod
-    def run(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+    def run(self, forward: Forward, /, *args: Any, **kwargs: Any) -> Any:
         """Call ``forward(*args, **kwargs)`` and return its result, arranging what backward will find."""

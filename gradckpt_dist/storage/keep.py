@@ -14,5 +14,5 @@ class Keep(Storage):
     exact = True
     reruns = False
 
-    def run(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+    def run(self, forward: Forward, /, *args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)

@@ -201,8 +201,14 @@ class _Inside:
                 seen.setdefault(StorageWeakRef(storage), storage.nbytes())  # type: ignore[no-untyped-call]
             return pack(tensor)
 
+        def restore(packed: Any) -> torch.Tensor:
+            tensor: torch.Tensor = unpack(packed)
+            # A storage may hold more now: what it has brought back.
+            self._ledger.note_working_set(0)
+            return tensor
+
         try:
-            with saved_tensors_hooks(count, unpack):
+            with saved_tensors_hooks(count, restore):
                 yield
         finally:
             if self.first:

@@ -120,7 +120,7 @@ class _Kept:
 
 
 class _Saved:
-    """A saved tensor whose storage is on the host, or with ``copy=None`` one that has stayed."""
+    """A saved tensor whose storage is on the host, or without a ``copy`` one that has stayed."""
 
     __slots__ = ("_call", "_copy", "_dtype", "_kept", "_place", "_tensor", "_version")
 
@@ -235,7 +235,8 @@ def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
 
 def _device_of(block: nn.Module, args: Any, kwargs: Any) -> torch.device | None:
     inputs = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
-    tensor = next(inputs, None)
+    # Indices, masks and lengths may be elsewhere.
+    tensor = next((leaf for leaf in inputs if leaf.is_floating_point()), None)
     if tensor is None:
         tensor = next(block.parameters(), None)
     return None if tensor is None else tensor.device

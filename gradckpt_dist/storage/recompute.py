@@ -34,7 +34,7 @@ class Recompute(Storage):
         super().__init__(block)
         self._buffers = BufferGuard(block)
 
-    def run(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+    def run(self, forward: Forward, /, *args: Any, **kwargs: Any) -> Any:
         # Keyword values travel as positions: checkpoint then holds tensors among them as saved tensors, finds their
         # device, and cannot mistake a block's `debug=` for its own.
         keywords = tuple(kwargs)

@@ -208,7 +208,7 @@ def test_under_torchrun_both_ranks_decide_alike(folder: Path) -> None:
     script = _script(
         folder,
         """
-        import pathlib, sys, torch, sibling
+        import gc, pathlib, sys, torch, sibling
         import torch.distributed as dist
         from torch.nn.parallel import DistributedDataParallel
         dist.init_process_group("gloo")
@@ -218,6 +218,8 @@ def test_under_torchrun_both_ranks_decide_alike(folder: Path) -> None:
         losses = sibling.train(model, 14)
         pathlib.Path(__file__).with_name(f"{sys.argv[1]}{dist.get_rank()}").write_text(str(losses))
         dist.destroy_process_group()
+        del model
+        gc.collect()
         """,
     )
     plain = run_torchrun(script, 2, "plain")

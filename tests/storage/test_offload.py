@@ -253,6 +253,22 @@ def test_held_bytes_reach_the_ledger() -> None:
     assert 0 < held["offload"] < 0.04 * held["keep"]
 
 
+def test_what_is_fetched_reaches_the_ledgers_peak() -> None:
+    size_bytes = 64 * 128 * 4
+    ledger = Ledger(4)
+    storages = offloads([Function(torch.exp) for _ in range(4)])
+    ledger.begin_forward()
+    x = torch.randn(64, 128, requires_grad=True)
+    for index, storage in enumerate(storages):
+        x = ledger.run(index, storage, storage.block, (x,), {})
+    ledger.end_forward()
+    assert ledger.live_bytes == 0
+    x.sum().backward()
+    del x
+    assert ledger.live_bytes == 0
+    assert ledger.measurement().peak_bytes == 2 * size_bytes
+
+
 def test_fetches_the_next_block_of_backward_and_no_further() -> None:
     size_bytes = 64 * 128 * 4
     lane = OffloadLane()
