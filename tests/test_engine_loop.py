@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import weakref
 from pathlib import Path
@@ -75,7 +76,7 @@ def test_a_threshold_value_recomputes_exactly_the_blocks_above_it(high: int) -> 
     probe.train(10)
     impacts = sorted(engine.stats()["impacts"], reverse=True)
     engine.disable()
-    value = [2 * impacts[0], *((a + b) / 2 for a, b in zip(impacts, impacts[1:], strict=False)), 0.0][high]
+    value = [2 * impacts[0], *((a + b) / 2 for a, b in itertools.pairwise(impacts)), 0.0][high]
     trainer = Trainer(build())
     engine = gradckpt_dist.enable(trainer.model, AUTO | {"threshold": {"value": value}})
     torch.manual_seed(1)

@@ -205,7 +205,7 @@ class GroupAgreement(Agreement):
     def _blame(self, error: RuntimeError) -> AgreementError:
         cause = str(error).splitlines()[0]
         try:
-            alive = self._roll_call.survivors(self._step)
+            alive = self._roll_call.survivors()
         except RuntimeError as store_error:
             return AgreementError(
                 f"a collective failed ({cause}), and so did the store ({str(store_error).splitlines()[0]}); "

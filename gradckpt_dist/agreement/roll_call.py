@@ -18,7 +18,8 @@ from gradckpt_dist.errors import AgreementError
 Facts = Mapping[str, Any]
 
 _MAX_TEXT_BYTES = 1 << 22
-_LAST_WORDS_SECONDS = 3.0
+_LAST_WORDS_SECONDS = 10.0
+"""How far apart the survivors of a dead rank may see a collective fail, and still name the dead one only."""
 _VERDICT_SECONDS = 3.0
 """What the first rank gets, once its own time is up, to say who is missing."""
 
@@ -57,9 +58,12 @@ class RollCall:
             raise AgreementError(f"no word within {self._timeout.total_seconds():g} s", rank=self._ranks[0], step=step)
         return self._read(verdict_key)
 
-    def survivors(self, step: int) -> list[int]:
-        """The ranks that have also seen this step's collective fail; those left out are dead or stuck."""
-        keys = {rank: f"failed/{step}/{rank}" for rank in self._ranks}
+    def survivors(self) -> list[int]:
+        """The ranks that have also seen a collective fail; those left out are dead or stuck.
+
+        Not by step: one death fails the statistics on some ranks and the broadcast, a step later, on others.
+        """
+        keys = {rank: f"failed/{rank}" for rank in self._ranks}
         self._store.set(keys[self._rank], "1")
         deadline = time.monotonic() + min(_LAST_WORDS_SECONDS, self._timeout.total_seconds())
         while True:
