@@ -20,6 +20,8 @@ from gradckpt_dist.errors import ConfigError
 from gradckpt_dist.mask import STORAGE_NAMES
 
 SECTION = "gradckpt"
+EXACT_STORAGES = ("keep", "recompute", "selective", "selective_half")
+"""The exact storages that a mask may use unless ``storages`` says otherwise; ``offload`` has to be asked for."""
 LOSSY_STORAGES = ("compress8", "compress4", "selective8", "selective4")
 
 _T = TypeVar("_T")
@@ -88,21 +90,30 @@ def _every_n(value: Any) -> int:
         raise check.CheckError(f"{failure} (0 for none, 1 for all, n for every n-th block), 'none', 'full'") from None
 
 
-def _memory_budget(value: Any) -> float:
-    forms = "a fraction from 0 (full recompute) to 1 (keep all)"
-    if isinstance(value, str):
-        if value != "auto":
-            check.byte_count(value)
-        raise check.CheckError(f"{forms}; bytes and 'auto' come with the budget policy, which is not there yet")
+def _memory_budget(value: Any) -> float | str:
+    if value is None or value == "auto":
+        return "auto"
+    return _share_or_bytes(value, check.number(0, 1), "a fraction from 0 (full recompute) to 1 (keep all), 'auto'")
+
+
+def _reserve(value: Any) -> float | str:
+    return _share_or_bytes(value, check.number(0, 1, high_open=True), "a share of the limit of at least 0 and below 1")
+
+
+def _share_or_bytes(value: Any, share: check.Check, forms: str) -> float | str:
     try:
-        return float(check.number(0, 1)(value))
+        if isinstance(value, str):
+            check.byte_count(value)
+            return value
+        return float(share(value))
     except check.CheckError:
-        raise check.CheckError(forms) from None
+        raise check.CheckError(f"{forms}, or {check.BYTES_FORM}") from None
 
 
-def _reserve(value: Any) -> None:
-    if value is not None:
-        raise check.CheckError("nothing yet: reserve belongs to the budget policy, which is not there yet")
+def _storages(value: Any) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    return tuple(check.list_of(check.one_of(*STORAGE_NAMES), what="storages")(value))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,15 +125,13 @@ class Config(_Checked):
     """
 
     enabled: bool = _field(True, check.boolean)
-    policy: str = _field("threshold", check.one_of("threshold", "static"))
-    memory_budget: float = _field(0.5, _memory_budget)
+    policy: str = _field("budget", check.one_of("budget", "threshold", "static"))
+    memory_budget: float | str = _field("auto", _memory_budget)
     gradient_tolerance: float = _field(0.0, check.number(0, 1, high_open=True))
-    impact: str = _field("norm", check.one_of("norm"))
+    impact: str = _field("probe", check.one_of("norm", "influence", "probe"))
     interval: int = _field(50, check.integer(2))
     warmup_steps: int = _field(5, check.integer(0))
-    storages: tuple[str, ...] = _field(
-        ("keep", "recompute"), check.list_of(check.one_of(*STORAGE_NAMES), what="storages")
-    )
+    storages: tuple[str, ...] = _field(None, _storages)
     threshold: ThresholdConfig = _field(ThresholdConfig(), _threshold)
     every_n: int = _field(1, _every_n)
     blocks: tuple[str, ...] = _field((), check.list_of(check.text, what="module names or globs"))
@@ -130,11 +139,14 @@ class Config(_Checked):
     log_level: str = _field("info", check.one_of("warning", "info", "debug"))
     seed: int = _field(0, check.integer(0))
     hysteresis: float = _field(0.05, check.number(0, 1))
-    reserve: None = _field(None, _reserve)
+    reserve: float | str = _field(0.05, _reserve)
     agreement_timeout_s: float = _field(600.0, check.number(0.01, 864_000))  # to a store, under 1 ms means for ever
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.storages is None:
+            exact = EXACT_STORAGES if self.gradient_tolerance == 0 else (*EXACT_STORAGES, *LOSSY_STORAGES)
+            object.__setattr__(self, "storages", exact)
         if not {"keep", "recompute"} <= set(self.storages):
             raise ConfigError(f"storages: {list(self.storages)} must hold both 'keep' and 'recompute'")
         low = self.threshold.low_impact_storage

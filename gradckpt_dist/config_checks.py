@@ -10,6 +10,7 @@ from typing import Any
 Check = Callable[[Any], Any]
 
 _BINARY_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+BYTES_FORM = f"bytes as a text with one of the units {', '.join(_BINARY_UNITS)}, such as '40GiB'"
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 
 
@@ -110,5 +111,5 @@ def byte_count(value: Any) -> int:
     """Bytes from a text such as ``"40GiB"`` (units KiB, MiB, GiB, TiB; binary only, as GB is read both ways)."""
     match = _BYTES.fullmatch(value.strip()) if isinstance(value, str) else None
     if match is None or match[2] not in _BINARY_UNITS or float(match[1]) <= 0:
-        raise CheckError(f"bytes as a text with one of the units {', '.join(_BINARY_UNITS)}, such as '40GiB'")
+        raise CheckError(BYTES_FORM)
     return int(float(match[1]) * _BINARY_UNITS[match[2]])
