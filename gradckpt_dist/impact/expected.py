@@ -59,6 +59,10 @@ class ExpectedErrors:
         """[blocks, lossy]: the windows that held a probe."""
         return np.stack([errors.updates for errors in self._errors], axis=1)
 
+    def own(self, storage: str) -> Array:
+        """[blocks]: squared relative error of the block's own gradients, as last probed; NaN before."""
+        return self._errors[self.lossy.index(storage)].values[:, 0].copy()
+
     def squared(self, metric: str, values: Sequence[float]) -> Array:
         """[blocks, lossy]; ``values`` are running means of ``Impact.step_values``, flat, and empty before the first."""
         blocks = len(self._kinds)
