@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,12 +12,13 @@ from torch import nn
 
 from gradckpt_dist.cost.book import CostBook
 from gradckpt_dist.cost.shadow import ShadowCall, ShadowRun, count_tokens, output_tensors
-from gradckpt_dist.cost.stopwatch import Stopwatch
+from gradckpt_dist.cost.clock import DeviceClock
 from gradckpt_dist.cost.trap import Gradients, Trap
 from gradckpt_dist.errors import StorageError
 from gradckpt_dist.impact import Impact
 from gradckpt_dist.impact.probe import ProbeStatistics
 from gradckpt_dist.storage import Forward, StorageContext, create_storage
+from gradckpt_dist.storage.lane import OffloadLane
 from gradckpt_dist.storage.ledger import Ledger
 
 logger = logging.getLogger("gradckpt_dist")
@@ -85,13 +86,18 @@ class Prober:
     """
 
     def __init__(
-        self, blocks: Sequence[nn.Module], book: CostBook, statistics: ProbeStatistics, stopwatch: Stopwatch
+        self,
+        blocks: Sequence[nn.Module],
+        book: CostBook,
+        statistics: ProbeStatistics,
+        clock: DeviceClock,
+        context: StorageContext | None = None,
     ) -> None:
         self._blocks = list(blocks)
         self._book = book
         self._statistics = statistics
-        self._stopwatch = stopwatch
-        self._context = StorageContext()
+        self._clock = clock
+        self._context = StorageContext() if context is None else replace(context, lane=OffloadLane())
         self._turn: ProbeTurn | None = None
         self._trap: Trap | None = None
         self._stopped: set[int] = set()
@@ -184,7 +190,7 @@ class Prober:
         self, index: int, name: str, call: ShadowCall, upstream: Gradients, ledger: Ledger | None = None
     ) -> ShadowRun:
         storage = create_storage(name, self._blocks[index], self._context)
-        return call.run(storage, upstream, self._stopwatch, ledger)
+        return call.run(storage, upstream, self._clock, ledger)
 
     def _stop(self, index: int, reason: str) -> None:
         if not self._stopped:

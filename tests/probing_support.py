@@ -12,7 +12,7 @@ from torch import nn
 from gradckpt_dist.blocks import BlockSwitch, find_blocks
 from gradckpt_dist.cost.book import CostBook, Costs
 from gradckpt_dist.cost.kind import kinds_of
-from gradckpt_dist.cost.stopwatch import Stopwatch
+from gradckpt_dist.cost.clock import DeviceClock
 from gradckpt_dist.impact import create_impact
 from gradckpt_dist.impact.expected import ExpectedErrors
 from gradckpt_dist.impact.probe import ProbeStatistics
@@ -72,13 +72,13 @@ class Probed:
         self.switches = [BlockSwitch(block, run) for block, run in zip(blocks, self.runtimes, strict=True)]
         for switch in self.switches:
             switch.install()
-        stopwatch = Stopwatch(CPU)
+        clock = DeviceClock(CPU)
         self.impact = create_impact(metric, len(blocks), CPU)
-        self.book = CostBook(self.kinds, storages, stopwatch)
+        self.book = CostBook(self.kinds, storages, clock)
         self.costs = Costs(self.kinds, storages)
         self.statistics = ProbeStatistics(len(blocks), self.lossy, CPU)
         self.expected = ExpectedErrors(self.kinds, self.lossy)
-        self.prober = Prober(modules, self.book, self.statistics, stopwatch)
+        self.prober = Prober(modules, self.book, self.statistics, clock)
         self.sampler = Sampler(self.impact, self.prober)
         root = model
         self._handles = [

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from gradckpt_dist.cost.stopwatch import Mark, Stopwatch
+from gradckpt_dist.cost.clock import Mark, DeviceClock
 from gradckpt_dist.storage.ledger import Measurement
 
 SAMPLES = 15
@@ -61,10 +61,10 @@ Runs = dict[str, tuple[Mark, Mark]]
 class CostBook:
     """What this rank has measured. ``kinds`` is by block, the number of its kind."""
 
-    def __init__(self, kinds: Sequence[int], storages: Sequence[str], stopwatch: Stopwatch) -> None:
+    def __init__(self, kinds: Sequence[int], storages: Sequence[str], clock: DeviceClock) -> None:
         self._kinds = tuple(kinds)
         self._storages = tuple(storages)
-        self._stopwatch = stopwatch
+        self._clock = clock
         self._samples = {(kind, name): _Samples() for kind in range(max(kinds) + 1) for name in storages}
         self._pending: deque[tuple[int, int, Runs]] = deque(maxlen=SAMPLES)
         self._tokens = _Tokens(len(self._kinds))
@@ -114,7 +114,7 @@ class CostBook:
     def _read_pending(self) -> None:
         unread: list[tuple[int, int, Runs]] = []
         for kind, tokens, runs in self._pending:
-            seconds = {name: self._stopwatch.seconds(*marks) for name, marks in runs.items()}
+            seconds = {name: self._clock.seconds(*marks) for name, marks in runs.items()}
             known = {name: value / tokens for name, value in seconds.items() if value is not None}
             if len(known) < len(seconds):
                 unread.append((kind, tokens, runs))

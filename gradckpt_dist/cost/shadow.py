@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from gradckpt_dist.cost.stopwatch import Mark, Stopwatch
+from gradckpt_dist.cost.clock import Mark, DeviceClock
 from gradckpt_dist.cost.trap import Gradients
 from gradckpt_dist.storage import Forward, Storage
 from gradckpt_dist.storage.buffers import BufferGuard
@@ -97,23 +97,21 @@ class ShadowCall:
                 outside[position] = total if through is None else total - through
         return outside
 
-    def run(
-        self, storage: Storage, upstream: Gradients, stopwatch: Stopwatch, ledger: Ledger | None = None
-    ) -> ShadowRun:
+    def run(self, storage: Storage, upstream: Gradients, clock: DeviceClock, ledger: Ledger | None = None) -> ShadowRun:
         """Forward under ``storage``, backward from ``upstream``, the gradients at the outputs; bytes by ``ledger``."""
         parameters = parameters_of(self._block)
         inputs = [tensor for tensor in self._inputs if tensor.requires_grad]
         with self._restored(), _hooks_withheld(parameters), torch.enable_grad():
-            start = stopwatch.mark()
+            start = clock.mark()
             outputs = output_tensors(self._call(storage, ledger))
-            between = stopwatch.mark()
+            between = clock.mark()
             gradients = torch.autograd.grad(
                 [outputs[position] for position in upstream],
                 [*inputs, *parameters],
                 list(upstream.values()),
                 allow_unused=True,
             )
-            end = stopwatch.mark()
+            end = clock.mark()
         return ShadowRun(
             marks=(start, between, end),
             input_gradients=gradients[: len(inputs)],

@@ -11,7 +11,7 @@ Mark = Any
 """A moment: seconds of the monotonic clock on the CPU, an event on an accelerator's current stream."""
 
 
-class Stopwatch:
+class DeviceClock:
     """Device events on accelerators, the monotonic clock on the CPU."""
 
     def __init__(self, device: torch.device) -> None:
