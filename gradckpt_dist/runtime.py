@@ -14,6 +14,9 @@ from gradckpt_dist.storage import Forward, Storage, StorageContext, create_stora
 class Watch(Protocol):
     """Looks on at one block's forward in a sampled step."""
 
+    def reruns(self, index: int) -> bool:
+        """Whether it will run the block's coming call again by itself."""
+
     def __call__(self, index: int, storage: Storage, forward: Forward, args: Any, kwargs: Any) -> Any:
         """Call ``storage.run(forward, *args, **kwargs)``, look at the result and return it."""
 
@@ -45,7 +48,10 @@ class BlockRuntime:
     @property
     def reruns(self) -> bool:
         """Whether backward will call the block's forward again."""
-        return self._gate.open and self._storage.reruns and torch.is_grad_enabled()
+        gate = self._gate
+        if not gate.open or not torch.is_grad_enabled():
+            return False
+        return self._storage.reruns or (gate.watch is not None and gate.watch.reruns(self._index))
 
     @property
     def recomputes(self) -> int:

@@ -1,10 +1,11 @@
-"""What is looked at in a sampled step: impact always, bytes in the steps that are measured too."""
+"""What is looked at in a sampled step: impact; bytes, in a measured one; one block closely, at a probe's turn."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from gradckpt_dist.impact import Impact
+from gradckpt_dist.probing import Prober, ProbeTurn
 from gradckpt_dist.storage import Forward, Storage
 from gradckpt_dist.storage.ledger import Ledger, Measurement
 
@@ -12,13 +13,16 @@ from gradckpt_dist.storage.ledger import Ledger, Measurement
 class Sampler:
     """The watch of one engine's blocks, from ``begin`` to ``end``."""
 
-    def __init__(self, impact: Impact) -> None:
+    def __init__(self, impact: Impact, prober: Prober | None = None) -> None:
         self._impact = impact
+        self._prober = prober
         self._ledger: Ledger | None = None
 
-    def begin(self, *, measured: bool) -> None:
+    def begin(self, *, measured: bool, turn: ProbeTurn | None = None) -> None:
         """Start a sampled step; ``measured`` counts bytes too, where saved-tensor hooks are allowed."""
         self._ledger = Ledger(self._impact.blocks) if measured and Ledger.available() else None
+        if self._prober is not None:
+            self._prober.begin(turn)
 
     def begin_forward(self) -> None:
         if self._ledger is not None:
@@ -27,17 +31,28 @@ class Sampler:
     def end_forward(self) -> None:
         if self._ledger is not None:
             self._ledger.end_forward()
+        if self._prober is not None:
+            self._prober.end_forward()
 
     def end(self) -> Measurement | None:
         """Close the sampled step; its bytes if it was measured."""
+        if self._prober is not None:
+            self._prober.end(self._impact)
         self._impact.end_step()
         ledger, self._ledger = self._ledger, None
         return ledger.measurement() if ledger is not None else None
 
+    def reruns(self, index: int) -> bool:
+        """Whether the block's coming call will be run again for a probe."""
+        return self._prober is not None and self._prober.reruns(index)
+
     def __call__(self, index: int, storage: Storage, forward: Forward, args: Any, kwargs: Any) -> Any:
+        call = self._prober.before(index, forward, args, kwargs) if self._prober is not None else None
         if self._ledger is None:
             output = storage.run(forward, *args, **kwargs)
         else:
             output = self._ledger.run(index, storage, forward, args, kwargs)
-        self._impact.watch(index, output)
+        if self._prober is not None:
+            self._prober.after(call, output)
+        self._impact.watch(index, output, (args, kwargs))
         return output

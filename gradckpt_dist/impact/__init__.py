@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from gradckpt_dist.impact.base import Impact, RunningImpact
+from gradckpt_dist.impact.influence import InfluenceImpact
 from gradckpt_dist.impact.norm import NormImpact
+from gradckpt_dist.impact.probe import ProbeImpact
 
-IMPACTS: dict[str, type[Impact]] = {impact.name: impact for impact in (NormImpact,)}
+IMPACTS: dict[str, type[Impact]] = {impact.name: impact for impact in (NormImpact, InfluenceImpact, ProbeImpact)}
 
 
 def create_impact(name: str, blocks: int, device: torch.device) -> Impact:

@@ -15,14 +15,24 @@ class Impact(ABC):
     """Gathers one number per block on the device, in sampled steps, without a host synchronisation."""
 
     name: ClassVar[str]
+    fields: ClassVar[int] = 1
+    """Numbers gathered per block; the first is the squared gradient norm at its output."""
 
     def __init__(self, blocks: int, device: torch.device) -> None:
         self.blocks = blocks
         self.device = device
 
     @abstractmethod
-    def watch(self, index: int, output: Any) -> None:
+    def watch(self, index: int, output: Any, inputs: Any = ()) -> None:
         """Arrange for the gradient at this output of the block at ``index`` to be gathered."""
+
+    @abstractmethod
+    def step_values(self) -> torch.Tensor:
+        """[fields, blocks] on the device: what the step under way has gathered, divided by ``step_scale``; else NaN."""
+
+    @abstractmethod
+    def step_scale(self) -> torch.Tensor:
+        """The mean over blocks of the step's squared gradient norms, which carries the scale of its loss."""
 
     @abstractmethod
     def end_step(self) -> None:
@@ -30,7 +40,7 @@ class Impact(ABC):
 
     @abstractmethod
     def take_window(self) -> torch.Tensor:
-        """Float64 [blocks + 2]: sums over the window's steps by block, steps counted, dropped; then start anew."""
+        """Float64 [fields x blocks + 2]: sums over the window's steps, steps counted, dropped; then start anew."""
 
 
 @dataclass

@@ -24,29 +24,47 @@ class NormImpact(Impact):
         super().__init__(blocks, device)
         # MPS has no float64.
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._step = torch.zeros(blocks, dtype=dtype, device=device)
-        self._window = torch.zeros(blocks + 2, dtype=dtype, device=device)
+        self._step = torch.zeros(self.fields, blocks, dtype=dtype, device=device)
+        self._window = torch.zeros(self.fields * blocks + 2, dtype=dtype, device=device)
 
-    def watch(self, index: int, output: Any) -> None:
-        tensors = {id(leaf): leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)}
-        for leaf in tensors.values():
-            # A hook on a parameter that a block hands out would outlive the step.
-            if leaf.requires_grad and not isinstance(leaf, nn.Parameter):
-                leaf.register_hook(_AddSquare(self._step[index]))  # type: ignore[no-untyped-call]
+    def watch(self, index: int, output: Any, inputs: Any = ()) -> None:
+        for leaf in watched_tensors(output):
+            leaf.register_hook(_AddSquare(self._step[0, index]))  # type: ignore[no-untyped-call]
+
+    def step_scale(self) -> torch.Tensor:
+        return self._step[0].mean()
+
+    def step_values(self) -> torch.Tensor:
+        mean = self.step_scale()
+        usable = torch.isfinite(self._step).all() & (mean > 0)
+        return torch.where(usable, self._step / mean, torch.nan)
 
     def end_step(self) -> None:
-        mean = self._step.mean()
-        usable = torch.isfinite(self._step).all() & (mean > 0)
-        share = torch.where(usable, self._step / mean, 0.0)
-        self._window[: self.blocks] += torch.nan_to_num(share, nan=0.0, posinf=0.0)
-        self._window[self.blocks] += usable
-        self._window[self.blocks + 1] += ~usable
+        values = self.step_values().flatten()
+        usable = torch.isfinite(values).all()
+        self._window[:-2] += torch.where(usable, values, 0.0)
+        self._window[-2] += usable
+        self._window[-1] += ~usable
         self._step.zero_()
 
     def take_window(self) -> torch.Tensor:
         window = self._window.clone()
         self._window.zero_()
         return window
+
+
+def watched_tensors(output: Any) -> list[torch.Tensor]:
+    """The tensors in a block's output that a gradient will come to, each once."""
+    tensors = {id(leaf): leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)}
+    # A hook on a parameter that a block hands out would outlive the step.
+    return [leaf for leaf in tensors.values() if leaf.requires_grad and not isinstance(leaf, nn.Parameter)]
+
+
+def square(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Squared norm, computed in at least single precision, with the dtype and on the device of ``like``."""
+    norm = torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+    squared: torch.Tensor = norm.to(like.device, like.dtype).square_()
+    return squared
 
 
 class _AddSquare:
@@ -59,5 +77,4 @@ class _AddSquare:
 
     @torch.no_grad()
     def __call__(self, grad: torch.Tensor) -> None:
-        norm = torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
-        self._cell.add_(norm.to(self._cell.device, self._cell.dtype).square_())
+        self._cell.add_(square(grad, self._cell))

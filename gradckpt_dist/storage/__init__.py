@@ -11,8 +11,11 @@ from gradckpt_dist.storage.context import StorageContext
 from gradckpt_dist.storage.keep import Keep
 from gradckpt_dist.storage.offload import Offload
 from gradckpt_dist.storage.recompute import Recompute
+from gradckpt_dist.storage.selective import Selective, SelectiveHalf
 
-STORAGES: dict[str, type[Storage]] = {storage.name: storage for storage in (Keep, Recompute, Offload)}
+STORAGES: dict[str, type[Storage]] = {
+    storage.name: storage for storage in (Keep, Recompute, Selective, SelectiveHalf, Offload)
+}
 
 COMPILED_STORAGES: dict[str, type[Storage]] = {
     storage.name: storage for storage in (CompiledSelective, CompiledSelectiveHalf)

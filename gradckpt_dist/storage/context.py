@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
+from gradckpt_dist.storage.half_choice import HalfChoice
 from gradckpt_dist.storage.lane import OffloadLane
 
 
 @dataclass
 class StorageContext:
-    """``lane``: where offloading blocks meet."""
+    """``lane``: where offloading blocks meet. ``half_choices``: what ``selective_half`` holds, by kind of block."""
 
     lane: OffloadLane = field(default_factory=OffloadLane)
+    half_choices: dict[Hashable, HalfChoice] = field(default_factory=dict)

@@ -19,6 +19,9 @@ class Passes(Protocol):
     def first(self) -> AbstractContextManager[None]:
         """Entered around the forward pass."""
 
+    def finish(self) -> None:
+        """Called when the forward pass has ended and checkpoint's hooks are no longer in force."""
+
     def again(self) -> AbstractContextManager[None]:
         """Entered around each run in backward, which may be left by an exception: checkpoint's early stop."""
 
@@ -56,7 +59,9 @@ class Recompute(Storage):
             with buffers.substituted(snapshot), passes.again():
                 return forward(*values[:split], **keyword_values)
 
-        return checkpoint(call, *args, *kwargs.values(), use_reentrant=False, preserve_rng_state=True)
+        result = checkpoint(call, *args, *kwargs.values(), use_reentrant=False, preserve_rng_state=True)
+        passes.finish()
+        return result
 
     def _passes(self, inputs: tuple[Any, ...]) -> Passes:
         """What surrounds the passes of a call with these inputs, made anew for each call."""
@@ -70,6 +75,9 @@ class _InFull:
     @contextmanager
     def first(self) -> Iterator[None]:
         yield
+
+    def finish(self) -> None:
+        """Nothing is held."""
 
     @contextmanager
     def again(self) -> Iterator[None]:

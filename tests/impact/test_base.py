@@ -68,7 +68,7 @@ def test_mean_stays_finite_whatever_arrives(windows: list[list[float]]) -> None:
 
 
 def test_metrics_by_name() -> None:
-    assert list(IMPACTS) == ["norm"]
+    assert list(IMPACTS) == ["norm", "influence", "probe"]
     impact = create_impact("norm", 3, torch.device("cpu"))
     assert (impact.name, impact.blocks, impact.device.type) == ("norm", 3, "cpu")
     assert impact.take_window().tolist() == [0.0] * 5

@@ -1,0 +1,226 @@
+"""Costs of storages, gathered on a rank, folded over ranks, and scaled to the batch at hand."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+from gradckpt_dist.cost.clock import Mark, DeviceClock
+from gradckpt_dist.storage.ledger import Measurement
+
+SAMPLES = 15
+"""The latest ones, of which the median counts."""
+
+_UNKNOWN = -1e300
+"""Loses against every measured number in a MAX over ranks, and is finite."""
+
+_FIELDS = 5
+_BLOCK_FIELDS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorageCost:
+    """One storage on one kind of block, per token; the most over ranks.
+
+    ``seconds`` are those of forward and backward, ``extra_seconds`` what exceeds ``keep`` in the same probe.
+    None: not measured yet. ``refused``: the storage cannot serve this kind.
+    """
+
+    seconds: float | None = None
+    extra_seconds: float | None = None
+    held_bytes: float | None = None
+    working_set_bytes: float | None = None
+    refused: bool = False
+
+
+@dataclass
+class _Samples:
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=SAMPLES))
+    extra_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=SAMPLES))
+    held_bytes: float = _UNKNOWN
+    working_set_bytes: float = _UNKNOWN
+    refused: bool = False
+    tokens: int = 0
+
+    def fits(self, tokens: int) -> bool:
+        """Whether bytes were measured, on a call of about this size: costs per token hold within a factor of two."""
+        return self.tokens // 2 < tokens <= 2 * self.tokens
+
+    def vector(self) -> list[float]:
+        times = [median(values) if values else _UNKNOWN for values in (self.seconds, self.extra_seconds)]
+        return [*times, self.held_bytes, self.working_set_bytes, float(self.refused)]
+
+
+Runs = dict[str, tuple[Mark, Mark]]
+"""By storage, the marks before forward and after backward."""
+
+
+class CostBook:
+    """What this rank has measured. ``kinds`` is by block, the number of its kind."""
+
+    def __init__(self, kinds: Sequence[int], storages: Sequence[str], clock: DeviceClock) -> None:
+        self._kinds = tuple(kinds)
+        self._storages = tuple(storages)
+        self._clock = clock
+        self._samples = {(kind, name): _Samples() for kind in range(max(kinds) + 1) for name in storages}
+        self._pending: deque[tuple[int, int, Runs]] = deque(maxlen=SAMPLES)
+        self._tokens = _Tokens(len(self._kinds))
+
+    def saw_call(self, index: int, tokens: int) -> None:
+        """A call of the block at ``index`` in a sampled step."""
+        self._tokens.saw_call(index, tokens)
+
+    def end_forward(self) -> None:
+        """The model's forward has ended."""
+        self._tokens.end_forward()
+
+    def end_step(self) -> None:
+        """The sampled step has ended."""
+        self._tokens.end_step()
+
+    def knows(self, index: int, storage: str, tokens: int) -> bool:
+        """Whether this storage was measured on a block of this kind, in a call of about so many tokens."""
+        samples = self._samples[self._kinds[index], storage]
+        return samples.refused or samples.fits(tokens)
+
+    def note_bytes(self, index: int, storage: str, tokens: int, measurement: Measurement) -> None:
+        """Bytes of one call of ``tokens`` tokens; times of calls of another size are forgotten."""
+        held = measurement.stored_bytes[0]
+        self._samples[self._kinds[index], storage] = _Samples(
+            held_bytes=held / tokens, working_set_bytes=(measurement.peak_bytes - held) / tokens, tokens=tokens
+        )
+
+    def note_runs(self, index: int, tokens: int, runs: Runs) -> None:
+        """Times of one probe, ``keep`` among them. They are read when the device has come to their end."""
+        self._pending.append((self._kinds[index], tokens, runs))
+
+    def refuse(self, index: int, storage: str) -> None:
+        """The storage cannot serve this kind of block."""
+        self._samples[self._kinds[index], storage].refused = True
+
+    def refuses(self, index: int, storage: str) -> bool:
+        """Whether ``refuse`` was called, or reported for a twin."""
+        return self._samples[self._kinds[index], storage].refused
+
+    def take_maxima(self) -> list[float]:
+        """This rank's numbers for the MAX all-reduce: [3 x blocks + kinds x storages x 5]."""
+        self._read_pending()
+        costs = [value for samples in self._samples.values() for value in samples.vector()]
+        return [*self._tokens.take(), *costs]
+
+    def _read_pending(self) -> None:
+        unread: list[tuple[int, int, Runs]] = []
+        for kind, tokens, runs in self._pending:
+            seconds = {name: self._clock.seconds(*marks) for name, marks in runs.items()}
+            known = {name: value / tokens for name, value in seconds.items() if value is not None}
+            if len(known) < len(seconds):
+                unread.append((kind, tokens, runs))
+                continue
+            for name, value in known.items():
+                self._samples[kind, name].seconds.append(value)
+                self._samples[kind, name].extra_seconds.append(value - known["keep"])
+        self._pending.clear()
+        self._pending.extend(unread)
+
+
+class Costs:
+    """What the ranks have agreed on: the most over them."""
+
+    def __init__(self, kinds: Sequence[int], storages: Sequence[str]) -> None:
+        self._kinds = tuple(kinds)
+        self.storages = tuple(storages)
+        self._costs = {(kind, name): StorageCost() for kind in range(max(kinds) + 1) for name in storages}
+        blocks = len(self._kinds)
+        self.step_tokens = self.forward_tokens = self.call_tokens = (0.0,) * blocks
+
+    @property
+    def size(self) -> int:
+        """Length of what ``CostBook.take_maxima`` gives."""
+        return _BLOCK_FIELDS * len(self._kinds) + _FIELDS * len(self._costs)
+
+    def update(self, maxima: Sequence[float]) -> None:
+        """Fold in what all ranks sent; a number that a faulty rank made non-finite is left out."""
+        blocks = len(self._kinds)
+        step, forward, call = (maxima[i * blocks : (i + 1) * blocks] for i in range(_BLOCK_FIELDS))
+        self.step_tokens = _latest(self.step_tokens, step)
+        self.forward_tokens = _latest(self.forward_tokens, forward)
+        self.call_tokens = _latest(self.call_tokens, call)
+        start = _BLOCK_FIELDS * blocks
+        for number, key in enumerate(self._costs):
+            values = maxima[start + number * _FIELDS : start + (number + 1) * _FIELDS]
+            self._costs[key] = _folded(self._costs[key], values)
+
+    def of(self, index: int, storage: str) -> StorageCost:
+        """Per token, of the block at ``index``."""
+        return self._costs[self._kinds[index], storage]
+
+    def extra_seconds(self, index: int, storage: str) -> float:
+        """Per step, against ``keep``; infinite where the storage is refused or was not measured yet."""
+        cost = self.of(index, storage)
+        unknown = cost.refused or cost.extra_seconds is None or cost.held_bytes is None
+        return math.inf if unknown else (cost.extra_seconds or 0.0) * self.step_tokens[index]
+
+    def held_bytes(self, index: int, storage: str) -> int:
+        """From the block's forward to its backward, in the largest forward seen; 0 while not measured."""
+        return math.ceil((self.of(index, storage).held_bytes or 0.0) * self.forward_tokens[index])
+
+    def working_set_bytes(self, index: int, storage: str) -> int:
+        """On top of what is held, while one call of the block is in backward; 0 while not measured."""
+        return math.ceil((self.of(index, storage).working_set_bytes or 0.0) * self.call_tokens[index])
+
+    def probe_bytes(self, index: int) -> int | None:
+        """Activations that a probe of this block holds at once; its parameters' gradients come twice on top."""
+        held = [
+            self.held_bytes(index, name) + self.working_set_bytes(index, name)
+            for name in self.storages
+            if self.of(index, name).held_bytes is not None
+        ]
+        return max(held) if held else None
+
+
+class _Tokens:
+    """Tokens by block: a step's, the largest forward's, the largest call's. The most over sampled steps."""
+
+    def __init__(self, blocks: int) -> None:
+        self._blocks = blocks
+        self._step = [0] * blocks
+        self._forward = [0] * blocks
+        self._most = [[0] * blocks for _ in range(_BLOCK_FIELDS)]
+
+    def saw_call(self, index: int, tokens: int) -> None:
+        self._step[index] += tokens
+        self._forward[index] += tokens
+        self._most[2][index] = max(self._most[2][index], tokens)
+
+    def end_forward(self) -> None:
+        self._most[1] = [max(pair) for pair in zip(self._most[1], self._forward, strict=True)]
+        self._forward = [0] * self._blocks
+
+    def end_step(self) -> None:
+        self._most[0] = [max(pair) for pair in zip(self._most[0], self._step, strict=True)]
+        self._step = [0] * self._blocks
+
+    def take(self) -> list[float]:
+        taken = [float(value) for values in self._most for value in values]
+        self._most = [[0] * self._blocks for _ in range(_BLOCK_FIELDS)]
+        return taken
+
+
+def _latest(old: Sequence[float], new: Sequence[float]) -> tuple[float, ...]:
+    return tuple(b if math.isfinite(b) and b > 0 else a for a, b in zip(old, new, strict=True))
+
+
+def _folded(old: StorageCost, values: Sequence[float]) -> StorageCost:
+    seconds, extra, held, working_set, refused = (
+        value if math.isfinite(value) and value > _UNKNOWN / 2 else None for value in values
+    )
+    return StorageCost(
+        seconds=old.seconds if seconds is None else seconds,
+        extra_seconds=old.extra_seconds if extra is None else extra,
+        held_bytes=old.held_bytes if held is None else held,
+        working_set_bytes=old.working_set_bytes if working_set is None else working_set,
+        refused=old.refused or bool(refused),
+    )

@@ -1,0 +1,213 @@
+"""One block's backward, run again under each storage on offer, in a sampled step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradckpt_dist.cost.book import CostBook
+from gradckpt_dist.cost.shadow import ShadowCall, ShadowRun, count_tokens, output_tensors
+from gradckpt_dist.cost.clock import DeviceClock
+from gradckpt_dist.cost.trap import Gradients, Trap
+from gradckpt_dist.errors import StorageError
+from gradckpt_dist.impact import Impact
+from gradckpt_dist.impact.probe import ProbeStatistics
+from gradckpt_dist.storage import Forward, StorageContext, create_storage
+from gradckpt_dist.storage.lane import OffloadLane
+from gradckpt_dist.storage.ledger import Ledger
+
+logger = logging.getLogger("gradckpt_dist")
+
+
+CALIBRATION_VISITS = 2
+SHARE = 0.005
+"""Of the seconds of all steps, what probes may take once each kind of block was seen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeTurn:
+    """What is probed in one sampled step: the same on all ranks, as a block's forward may hold collectives.
+
+    ``keep`` always runs, first; then ``storages`` in their order; all of them ``rounds`` times, for their seconds.
+    """
+
+    block: int
+    storages: tuple[str, ...]
+    rounds: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeSchedule:
+    """Which turn each sampled step has; a function of its number alone, so that all ranks have the same.
+
+    First, the first block of each kind under all ``storages``, twice. Then a lossy storage on one block after another,
+    exact ones now and then, at the rate that ``SHARE`` allows: a step is taken to last at least as long as its blocks,
+    hence ``blocks`` runs of one. ``samples`` are the sampled steps of an interval.
+    """
+
+    kinds: tuple[int, ...]
+    storages: tuple[str, ...]
+    lossy: frozenset[str]
+    interval: int
+    samples: int
+
+    def turn(self, number: int) -> ProbeTurn | None:
+        """The turn of the sampled step of this number, counted from 0; None where nothing is probed."""
+        firsts = [self.kinds.index(kind) for kind in range(max(self.kinds) + 1)]
+        calibration = len(firsts) * CALIBRATION_VISITS
+        if number < calibration:
+            return ProbeTurn(block=firsts[number % len(firsts)], storages=self.storages, rounds=2)
+        turns_per_sample = SHARE * len(self.kinds) * self.interval / self.samples / 2
+        item = int(turns_per_sample * (number - calibration))
+        if int(turns_per_sample * (number - calibration + 1)) == item:
+            return None
+        together = max(1, int(2 * turns_per_sample) - 1)
+        sweep, block = divmod(item, len(self.kinds))
+        cycle = self._cycle()
+        chosen = {cycle[(sweep * together + i) % len(cycle)] for i in range(together)}
+        return ProbeTurn(block=block, storages=tuple(name for name in self.storages if name in chosen))
+
+    def _cycle(self) -> list[str]:
+        lossy = [name for name in self.storages if name in self.lossy]
+        exact = [name for name in self.storages if name not in self.lossy and name != "keep"]
+        return [storage for name in exact for storage in (*lossy, name)] or lossy or ["keep"]
+
+
+class Prober:
+    """Carries out a turn: waits in the true forward of its block, and acts in its backward.
+
+    Only the first call of the block in the step is probed. A storage meets a kind of block for the first time in a run
+    that counts bytes, so that it has compiled and allocated what it needs before it is timed.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        book: CostBook,
+        statistics: ProbeStatistics,
+        clock: DeviceClock,
+        context: StorageContext | None = None,
+    ) -> None:
+        self._blocks = list(blocks)
+        self._book = book
+        self._statistics = statistics
+        self._clock = clock
+        self._context = StorageContext() if context is None else replace(context, lane=OffloadLane())
+        self._turn: ProbeTurn | None = None
+        self._trap: Trap | None = None
+        self._stopped: set[int] = set()
+        self.probes = 0
+
+    def begin(self, turn: ProbeTurn | None) -> None:
+        """Start a sampled step with this turn."""
+        self._turn = turn
+
+    def end(self, impact: Impact) -> None:
+        """Close the sampled step, before ``impact`` does."""
+        if self._trap is not None:
+            self._trap.disarm()
+        self._trap = self._turn = None
+        self._book.end_step()
+        self._statistics.end_step(impact.step_scale(), impact.step_values())
+
+    def end_forward(self) -> None:
+        """The model's forward has ended."""
+        self._book.end_forward()
+
+    def reruns(self, index: int) -> bool:
+        """Whether the coming call of this block will be run again."""
+        return self._turn is not None and self._turn.block == index and index not in self._stopped
+
+    def before(self, index: int, forward: Forward, args: Any, kwargs: Any) -> ShadowCall | None:
+        """A call of the block at ``index`` begins; give the result to ``after``."""
+        self._book.saw_call(index, count_tokens(output_tensors((args, kwargs))))
+        if not self.reruns(index):
+            return None
+        if not ShadowCall.possible(args, kwargs):
+            self._stop(index, "it is given an object that a second run might change")
+            return None
+        if _holds_sharded_parts(self._blocks[index]):
+            self._stop(index, "it holds FSDP units of their own, which gather and free parameters as they run")
+            return None
+        return ShadowCall(self._blocks[index], forward, args, kwargs)
+
+    def after(self, call: ShadowCall | None, output: Any) -> None:
+        """The call has returned ``output``."""
+        turn, self._turn = self._turn, None if call is not None else self._turn
+        if call is None or turn is None:
+            return
+        outputs = output_tensors(output)
+        self._trap = Trap(outputs, lambda gradients: self._probe(turn, call, gradients))
+
+    def _probe(self, turn: ProbeTurn, call: ShadowCall, gradients: Gradients) -> None:
+        if not call.intact:
+            self._stop(turn.block, "its inputs are changed in place after it")
+            return
+        try:
+            upstream = call.separated(gradients)
+            self._meet(turn, call, upstream)
+            for _ in range(turn.rounds):
+                self._measure(turn, call, upstream)
+            self.probes += 1
+        except torch.OutOfMemoryError:
+            self._stop(turn.block, "there is not enough memory to run it beside the true backward")
+        except Exception as error:
+            self._stop(turn.block, f"a second run failed ({type(error).__name__}: {error})")
+
+    def _meet(self, turn: ProbeTurn, call: ShadowCall, upstream: Gradients) -> None:
+        """Run each storage that is new to this kind of block, or to so many tokens, and count its bytes."""
+        for name in ("keep", *turn.storages):
+            if self._book.knows(turn.block, name, call.tokens) or not Ledger.available():
+                continue
+            try:
+                run = self._run(turn.block, name, call, upstream, Ledger(1))
+            except StorageError as error:
+                logger.warning("gradckpt: %s", error)
+                self._book.refuse(turn.block, name)
+                continue
+            if run.measurement is not None:
+                self._book.note_bytes(turn.block, name, call.tokens, run.measurement)
+
+    def _measure(self, turn: ProbeTurn, call: ShadowCall, upstream: Gradients) -> None:
+        """Seconds and errors."""
+        reference = self._run(turn.block, "keep", call, upstream)
+        marks = {"keep": reference.span}
+        for name in turn.storages:
+            if name == "keep" or self._book.refuses(turn.block, name):
+                continue
+            run = self._run(turn.block, name, call, upstream)
+            marks[name] = run.span
+            if name in self._statistics.lossy:
+                self._statistics.add(turn.block, name, reference.gradients, run.gradients)
+        self._book.note_runs(turn.block, call.tokens, marks)
+
+    def _run(
+        self, index: int, name: str, call: ShadowCall, upstream: Gradients, ledger: Ledger | None = None
+    ) -> ShadowRun:
+        storage = create_storage(name, self._blocks[index], self._context)
+        return call.run(storage, upstream, self._clock, ledger)
+
+    def _stop(self, index: int, reason: str) -> None:
+        if not self._stopped:
+            logger.warning(
+                "gradckpt: %s (block %d) is not probed, nor is any other block of which this is true: %s; its costs "
+                "and errors are those of its kind, or else unknown, and then lossy storages are not used for it",
+                type(self._blocks[index]).__name__,
+                index,
+                reason,
+            )
+        self._stopped.add(index)
+
+
+def _holds_sharded_parts(block: nn.Module) -> bool:
+    return any(
+        base.__name__ in {"FSDPModule", "FullyShardedDataParallel"}
+        for part in block.modules()
+        if part is not block
+        for base in type(part).__mro__
+    )
