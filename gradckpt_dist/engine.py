@@ -18,16 +18,15 @@ from gradckpt_dist.agreement import Agreement, Decision
 from gradckpt_dist.blocks import Block, BlockSwitch
 from gradckpt_dist.boundary import StepBoundary
 from gradckpt_dist.config import Config
+from gradckpt_dist.cost.budget import Budget
 from gradckpt_dist.errors import MaskError
 from gradckpt_dist.events import EventLog
-from gradckpt_dist.impact import create_impact
-from gradckpt_dist.knowledge import Knowledge
+from gradckpt_dist.knowledge import Knowledge, Scope
 from gradckpt_dist.mask import Mask
+from gradckpt_dist.observer import Observer, probe_schedule
 from gradckpt_dist.policy import Plan, create_policy
 from gradckpt_dist.runtime import BlockRuntime, Gate
-from gradckpt_dist.sampling import Sampler
 from gradckpt_dist.schedule import Schedule
-from gradckpt_dist.storage.ledger import Measurement
 from gradckpt_dist.version import __version__
 
 logger = logging.getLogger("gradckpt_dist")
@@ -66,9 +65,10 @@ class Engine:
         self._gate = Gate()
         self._runtimes = [BlockRuntime(i, block.module, self._gate, config.seed) for i, block in enumerate(blocks)]
         self._switches = [BlockSwitch(block, run) for block, run in zip(blocks, self._runtimes, strict=True)]
-        self._impact = create_impact(config.impact, len(blocks), device)
-        self._sampler = Sampler(self._impact)
-        self._knowledge = Knowledge(len(blocks))
+        modules = [block.module for block in blocks]
+        scope = Scope.of(modules, config)
+        self._observer = Observer(modules, scope, device, self._gate.context, probe_schedule(scope, config.interval))
+        self._knowledge = Knowledge(scope, Budget.of(config))
         self._log = EventLog(config.log_dir, agreement.rank, all_ranks=config.log_level == "debug")
         self._step = -1
         self._wake_step = 0
@@ -76,7 +76,6 @@ class Engine:
         self._pinned = False
         self._plan: Plan | None = None
         self._theta: float | None = None
-        self._measurement: Measurement | None = None
         self._plugin_seconds = 0.0
         names = tuple(block.name for block in blocks)
         self._boundary: StepBoundary | None = None
@@ -219,23 +218,22 @@ class Engine:
         started = time.perf_counter()
         if self._gate.watch is not None:
             self._gate.watch = None
-            self._measurement = self._sampler.end() or self._measurement
+            self._observer.end()
         self._advance()
         if not self._pinned and self._schedule.is_sampled(self._step):
-            self._sampler.begin(measured=self._schedule.is_measured(self._step))
-            self._gate.watch = self._sampler
+            self._gate.watch = self._observer.begin(measured=self._schedule.is_measured(self._step))
         self._wake_step = self._next_wake()
         self._plugin_seconds += time.perf_counter() - started
 
     def begin_forward(self) -> None:
         self._gate.open = True
         if self._gate.watch is not None:
-            self._sampler.begin_forward()
+            self._observer.sampler.begin_forward()
 
     def end_forward(self) -> None:
         self._gate.open = False
         if self._gate.watch is not None:
-            self._sampler.end_forward()
+            self._observer.sampler.end_forward()
 
     def pause(self) -> None:
         self._gate.open = False
@@ -251,9 +249,8 @@ class Engine:
             self._launch()
 
     def _launch(self) -> None:
-        maxima = self._knowledge.maxima(self._measurement, self._plugin_seconds)
-        self._measurement = None
-        self._agreement.launch(self._impact.take_window(), maxima, self._step, self._mask.epoch)
+        maxima = self._observer.take_maxima(self._plugin_seconds)
+        self._agreement.launch(self._observer.take_sums(), maxima, self._step, self._mask.epoch)
         self._launched_step = self._step
         self._turn = Turn.REDUCING
 

@@ -1,47 +1,136 @@
-"""What the ranks of a domain have agreed on: impacts and bytes, folded in at each decision, equal on all of them."""
+"""What the ranks of a domain have agreed on: impacts, bytes and costs, folded in at each decision, equal on all."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Self
 
-from gradckpt_dist.impact import RunningImpact
+import numpy as np
+from torch import nn
+
+from gradckpt_dist.config import LOSSY_STORAGES, Config
+from gradckpt_dist.cost import CostTable
+from gradckpt_dist.cost.book import Costs
+from gradckpt_dist.cost.budget import Budget
+from gradckpt_dist.cost.kind import kinds_of
+from gradckpt_dist.impact import IMPACTS, RunningImpact
+from gradckpt_dist.impact.expected import ExpectedErrors
 from gradckpt_dist.mask import Mask
 from gradckpt_dist.policy import Evidence
-from gradckpt_dist.storage.ledger import Measurement
 
-_SCALARS = 3
+_BYTES_BY_BLOCK = 3
+_SCALARS = 5
+_NOMINAL_SECONDS_PER_BYTE = 1e-9
+"""What recomputing is taken to cost, per byte of ``keep``, where no block was probed: a guess, for their order only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scope:
+    """What is observed: by block, the number of its kind; the storages on offer, the lossy among them; the metric."""
+
+    kinds: tuple[int, ...]
+    storages: tuple[str, ...]
+    lossy: tuple[str, ...]
+    metric: str
+    probed: bool
+    """Whether costs and errors are measured; the norm alone is gathered otherwise."""
+
+    @classmethod
+    def of(cls, modules: Sequence[nn.Module], config: Config) -> Self:
+        """What this configuration needs to know of these blocks."""
+        lossy = tuple(name for name in config.storages if name in LOSSY_STORAGES)
+        return cls(
+            kinds=kinds_of(modules),
+            storages=config.storages,
+            lossy=lossy,
+            metric=config.impact if lossy else "norm",
+            probed=config.policy == "budget" or config.threshold.low_impact_storage in lossy,
+        )
+
+    @property
+    def blocks(self) -> int:
+        return len(self.kinds)
+
+    @property
+    def fields(self) -> int:
+        """Numbers that the metric gathers per block."""
+        return IMPACTS[self.metric].fields
 
 
 class Knowledge:
-    """Reads and writes the vectors that travel, and keeps what they taught."""
+    """Folds in the vectors that travel, and says what they taught."""
 
-    def __init__(self, blocks: int) -> None:
-        self._blocks = blocks
-        self.running = RunningImpact(blocks)
+    def __init__(self, scope: Scope, budget: Budget) -> None:
+        self._scope = scope
+        self.budget = budget
+        self.running = RunningImpact(scope.blocks, scope.fields)
+        self.costs = Costs(scope.kinds, scope.storages) if scope.probed else None
+        self.errors = ExpectedErrors(scope.kinds, scope.lossy) if scope.probed else None
         self.stored_bytes: dict[str, tuple[int, ...]] = {}
-        self.held_bytes = 0
-        self.peak_bytes = 0
+        self.held_bytes = self.peak_bytes = self.process_peak_bytes = self.available_bytes = 0
         self.plugin_seconds = 0.0
-
-    def maxima(self, measurement: Measurement | None, plugin_seconds: float) -> list[float]:
-        """This rank's numbers for the MAX all-reduce; zeros where nothing was measured."""
-        if measurement is None:
-            return [0.0] * (3 * self._blocks + _SCALARS - 1) + [plugin_seconds]
-        by_block = (*measurement.keep_bytes, *measurement.recompute_bytes, *measurement.stored_bytes)
-        return [*map(float, by_block), float(measurement.held_bytes), float(measurement.peak_bytes), plugin_seconds]
+        self._measured_mask: Mask | None = None
 
     def update(self, sums: Sequence[float], maxima: Sequence[float], mask: Mask) -> None:
-        """Fold in what all ranks sent; ``mask`` was in force while it was measured."""
-        self.running.update(sums)
-        blocks = self._blocks
-        keep, recompute, stored = (tuple(map(int, maxima[i * blocks : (i + 1) * blocks])) for i in range(3))
-        held, peak, self.plugin_seconds = maxima[3 * blocks :]
+        """Fold in what all ranks sent, as ``Observer`` gives it; ``mask`` was in force while it was measured."""
+        impact_size = self._scope.fields * self._scope.blocks + 2
+        self.running.update(sums[:impact_size])
+        scalars = _BYTES_BY_BLOCK * self._scope.blocks
+        self._update_bytes(maxima[:scalars], maxima[scalars : scalars + 3], mask)
+        available, self.plugin_seconds = maxima[scalars + 3 : scalars + _SCALARS]
+        self.available_bytes = int(-available)
+        if self.costs is not None and self.errors is not None:
+            self.errors.update(sums[impact_size:])
+            self.costs.update(maxima[scalars + _SCALARS :])
+
+    def evidence(self, current: Mask) -> Evidence:
+        """What a policy reads."""
+        costs = self._table()
+        return Evidence(
+            current=current,
+            impacts=self.running.impacts(),
+            stored_bytes=dict(self.stored_bytes),
+            costs=costs,
+            limits=None if costs is None else self.budget.limits(costs, self.available_bytes),
+            peak_limit_bytes=self._peak_limit_bytes(),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values, the same on all ranks."""
+        return {
+            "mean_square": list(self.running.mean_square),
+            "decisions": self.running.decisions,
+            "dropped_samples": self.running.dropped_samples,
+            "stored_bytes": {name: list(values) for name, values in self.stored_bytes.items()},
+            "errors": None if self.errors is None else self.errors.state_dict(),
+            "costs": None if self.costs is None else self.costs.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state_dict``; what was gathered for another metric or other storages is gathered again."""
+        if len(state["mean_square"]) in {0, self._scope.fields * self._scope.blocks}:
+            self.running.mean_square = list(state["mean_square"])
+            self.running.decisions = state["decisions"]
+        self.running.dropped_samples = state["dropped_samples"]
+        self.stored_bytes = {name: tuple(values) for name, values in state["stored_bytes"].items()}
+        if self.errors is not None and state["errors"] is not None:
+            self.errors.load_state_dict(state["errors"])
+        if self.costs is not None and state["costs"] is not None:
+            self.costs.load_state_dict(state["costs"])
+
+    def _update_bytes(self, by_block: Sequence[float], totals: Sequence[float], mask: Mask) -> None:
+        held, peak, process_peak = (int(value) for value in totals)
         if not held:
             return
+        blocks = self._scope.blocks
+        keep, recompute, stored = (tuple(map(int, by_block[i * blocks : (i + 1) * blocks])) for i in range(3))
         # A compiled variant does not run what `keep` would: then what was known before stays.
         keep = tuple(new or old for new, old in zip(keep, self.stored_bytes.get("keep", keep), strict=True))
-        self.held_bytes, self.peak_bytes = int(held), int(peak)
+        self.held_bytes, self.peak_bytes, self.process_peak_bytes = held, peak, process_peak
+        self._measured_mask = mask
         self.stored_bytes |= {"keep": keep, "recompute": recompute}
         for name in set(mask.storages) - {"keep", "recompute"}:
             known = self.stored_bytes.get(name, keep)
@@ -49,20 +138,55 @@ class Knowledge:
                 stored[i] if used == name else known[i] for i, used in enumerate(mask.storages)
             )
 
-    def evidence(self, current: Mask) -> Evidence:
-        """What a policy reads."""
-        return Evidence(current=current, impacts=self.running.impacts(), stored_bytes=dict(self.stored_bytes))
+    def _peak_limit_bytes(self) -> int | None:
+        """The most that blocks may hold at once, as the ledger counts it; None for a fraction, or before it is known."""
+        if self.budget.is_fraction or self._measured_mask is None:
+            return None
+        return self.budget.planned_bytes(self.available_bytes) - max(0, self.process_peak_bytes - self.peak_bytes)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "mean_square": list(self.running.mean_square),
-            "decisions": self.running.decisions,
-            "dropped_samples": self.running.dropped_samples,
-            "stored_bytes": {name: list(values) for name, values in self.stored_bytes.items()},
-        }
+    # -- the cost table -------------------------------------------------------------------------------------------
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.running.mean_square = list(state["mean_square"])
-        self.running.decisions = state["decisions"]
-        self.running.dropped_samples = state["dropped_samples"]
-        self.stored_bytes = {name: tuple(values) for name, values in state["stored_bytes"].items()}
+    def _table(self) -> CostTable | None:
+        if self.costs is None or self.errors is None or self._measured_mask is None:
+            return None
+        scope = self._scope
+        rows = [[self._cost(i, name) for name in scope.storages] for i in range(scope.blocks)]
+        seconds, held, working = (np.array([[cost[k] for cost in row] for row in rows]) for k in range(3))
+        errors = np.zeros_like(seconds)
+        lossy = [scope.storages.index(name) for name in scope.lossy]
+        errors[:, lossy] = self.errors.squared(scope.metric, self.running.mean_square)
+        unknown = ~np.isfinite(errors)
+        table = CostTable(
+            storages=scope.storages,
+            extra_seconds=np.where(unknown, math.inf, seconds),
+            held_bytes=held.astype(np.int64),
+            working_set_bytes=working.astype(np.int64),
+            squared_error=np.where(unknown, 0.0, errors),
+        )
+        return self._calibrated(table)
+
+    def _calibrated(self, table: CostTable) -> CostTable:
+        """With the fixed part: what the process used at its peak beyond the blocks of the mask that was in force."""
+        if self._measured_mask is None:
+            return table
+        predicted = table.peak_bytes_of(table.choice(self._measured_mask.storages))
+        return table.with_fixed_bytes(max(0, self.process_peak_bytes - predicted))
+
+    def _cost(self, index: int, storage: str) -> tuple[float, int, int]:
+        """Extra seconds, held bytes and working set; of a block that was never probed, what the ledger counted."""
+        costs = self.costs
+        if costs is not None and costs.of(index, "keep").held_bytes is not None:
+            size = costs.held_bytes(index, storage), costs.working_set_bytes(index, storage)
+            return (costs.extra_seconds(index, storage), *size)
+        keep, recompute = (self.stored_bytes[name][index] for name in ("keep", "recompute"))
+        by_ledger = {"keep": (0.0, keep, 0), "recompute": (keep * self._seconds_per_byte(), recompute, keep)}
+        return by_ledger.get(storage, (math.inf, 0, 0))
+
+    def _seconds_per_byte(self) -> float:
+        """Of recomputing, per byte of ``keep``, over the blocks that were probed."""
+        costs = self.costs
+        if costs is None:
+            return _NOMINAL_SECONDS_PER_BYTE
+        pairs = [(costs.extra_seconds(i, "recompute"), costs.held_bytes(i, "keep")) for i in range(self._scope.blocks)]
+        known = [seconds / held for seconds, held in pairs if math.isfinite(seconds) and held]
+        return max(0.0, median(known)) if known else _NOMINAL_SECONDS_PER_BYTE

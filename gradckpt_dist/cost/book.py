@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from statistics import median
+from typing import Any
 
-from gradckpt_dist.cost.clock import Mark, DeviceClock
+from gradckpt_dist.cost.clock import DeviceClock, Mark
 from gradckpt_dist.storage.ledger import Measurement
 
 SAMPLES = 15
@@ -152,6 +153,19 @@ class Costs:
         for number, key in enumerate(self._costs):
             values = maxima[start + number * _FIELDS : start + (number + 1) * _FIELDS]
             self._costs[key] = _folded(self._costs[key], values)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        costs = [[kind, name, asdict(cost)] for (kind, name), cost in self._costs.items()]
+        return {"costs": costs, "tokens": [list(self.step_tokens), list(self.forward_tokens), list(self.call_tokens)]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what is of kinds and storages that are here too; the rest is measured again."""
+        for kind, name, cost in state["costs"]:
+            if (kind, name) in self._costs:
+                self._costs[kind, name] = StorageCost(**cost)
+        if all(len(tokens) == len(self._kinds) for tokens in state["tokens"]):
+            self.step_tokens, self.forward_tokens, self.call_tokens = map(tuple, state["tokens"])
 
     def of(self, index: int, storage: str) -> StorageCost:
         """Per token, of the block at ``index``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,6 +59,10 @@ class CostTable:
     def serves(self) -> NDArray[np.bool_]:
         """[blocks, storages]: whether the storage serves the block."""
         return np.isfinite(self.extra_seconds)
+
+    def with_fixed_bytes(self, fixed_bytes: int) -> CostTable:
+        """The same costs beside other fixed bytes."""
+        return dataclasses.replace(self, fixed_bytes=fixed_bytes)
 
     def choice(self, storages: Sequence[str]) -> Choice:
         """The columns of these storages, one per block.

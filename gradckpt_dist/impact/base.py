@@ -45,9 +45,13 @@ class Impact(ABC):
 
 @dataclass
 class RunningImpact:
-    """The mean of I_i^2 over decisions; a decision's weight is never below 1 / ``memory``."""
+    """The mean of what a metric gathers over decisions; a decision's weight is never below 1 / ``memory``.
+
+    ``mean_square`` is [fields x blocks], I_i^2 first.
+    """
 
     blocks: int
+    fields: int = 1
     memory: int = 4
     mean_square: list[float] = field(default_factory=list)
     decisions: int = 0
@@ -67,13 +71,13 @@ class RunningImpact:
             return False
         self.decisions += 1
         weight = 1 / min(self.decisions, self.memory)
-        old = self.mean_square or [0.0] * self.blocks
+        old = self.mean_square or [0.0] * (self.fields * self.blocks)
         self.mean_square = [(1 - weight) * a + weight * b / count for a, b in zip(old, squares, strict=True)]
         return True
 
     def impacts(self) -> tuple[float, ...]:
         """I_i by block; their mean square is 1. Empty before the first sample."""
-        return tuple(math.sqrt(value) for value in self.mean_square)
+        return tuple(math.sqrt(value) for value in self.mean_square[: self.blocks])
 
 
 def _sound(value: float) -> bool:

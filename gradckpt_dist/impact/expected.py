@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +55,19 @@ class ExpectedErrors:
         for number, errors in enumerate(self._errors):
             start = 3 + 4 * number
             errors.update(table[:, start], table[:, start + 1 : start + 4])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        means = {name: errors.plain() for name, errors in zip(self.lossy, self._errors, strict=True)}
+        return {"gradients": self._gradients.plain(), "errors": means, "dropped_probes": self.dropped_probes}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state_dict``; a storage that it does not have is probed anew."""
+        self._gradients.restore(state["gradients"])
+        for name, errors in zip(self.lossy, self._errors, strict=True):
+            if name in state["errors"]:
+                errors.restore(state["errors"][name])
+        self.dropped_probes = state["dropped_probes"]
 
     def probes(self) -> NDArray[np.int64]:
         """[blocks, lossy]: the windows that held a probe."""
@@ -115,6 +129,17 @@ class _Means:
             weight = 1 / min(int(self.updates[block]), MEMORY)
             old = self.values[block] if self.updates[block] > 1 else 0.0
             self.values[block] = (1 - weight) * old + weight * sums[block] / counts[block]
+
+    def plain(self) -> list[list[float | None]]:
+        """By block: the updates, then the values, None for what is not known."""
+        rows = zip(self.updates.tolist(), self.values.tolist(), strict=True)
+        return [[count, *(None if math.isnan(value) else value for value in values)] for count, values in rows]
+
+    def restore(self, rows: Sequence[Sequence[float | None]]) -> None:
+        """What ``plain`` gave."""
+        for block, (count, *values) in enumerate(rows):
+            self.updates[block] = count or 0
+            self.values[block] = [math.nan if value is None else value for value in values]
 
 
 def _infinite_where_unknown(errors: Array) -> Array:

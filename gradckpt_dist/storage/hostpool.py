@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from gradckpt_dist.memory import host_bytes, local_ranks
+
 _CLASSES_PER_DOUBLING = 8
 _SHARE_OF_MEMORY = 0.5
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 class HostPool:
@@ -128,11 +127,7 @@ def carrier_for(device: torch.device) -> Carrier:
 
 def default_limit_bytes() -> int:
     """Half of this machine's (or container's) memory, divided by the processes that torchrun started on it."""
-    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if _CGROUP_LIMIT.is_file():
-        text = _CGROUP_LIMIT.read_text(encoding="ascii").strip()
-        memory_bytes = memory_bytes if text == "max" else min(memory_bytes, int(text))
-    return int(_SHARE_OF_MEMORY * memory_bytes) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(_SHARE_OF_MEMORY * host_bytes()) // local_ranks()
 
 
 def _rounded(size_bytes: int) -> int:

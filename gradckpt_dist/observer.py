@@ -1,0 +1,98 @@
+"""What one rank gathers between two decisions, as the two vectors that travel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from gradckpt_dist.cost.book import CostBook
+from gradckpt_dist.cost.clock import DeviceClock
+from gradckpt_dist.impact import create_impact
+from gradckpt_dist.impact.probe import ProbeStatistics
+from gradckpt_dist.knowledge import Scope
+from gradckpt_dist.memory import memory_meter
+from gradckpt_dist.probing import Prober, ProbeSchedule
+from gradckpt_dist.sampling import Sampler
+from gradckpt_dist.schedule import SAMPLES_PER_WINDOW
+from gradckpt_dist.storage import StorageContext
+from gradckpt_dist.storage.ledger import Measurement
+
+
+class Observer:
+    """Holds the sampler, and a prober if ``turns`` are given.
+
+    ``turn`` counts the sampled steps that could have had a probe: equal on all ranks.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        scope: Scope,
+        device: torch.device,
+        context: StorageContext,
+        turns: ProbeSchedule | None,
+    ) -> None:
+        self.impact = create_impact(scope.metric, scope.blocks, device)
+        self._blocks = scope.blocks
+        self._turns = turns
+        self.turn = 0
+        self._book: CostBook | None = None
+        self._statistics: ProbeStatistics | None = None
+        self.prober: Prober | None = None
+        if turns is not None:
+            clock = DeviceClock(device)
+            self._book = CostBook(scope.kinds, scope.storages, clock)
+            self._statistics = ProbeStatistics(scope.blocks, scope.lossy, device)
+            self.prober = Prober(modules, self._book, self._statistics, clock, context)
+        self.sampler = Sampler(self.impact, self.prober)
+        self._meter = memory_meter(device)
+        self._measurement: Measurement | None = None
+        self._process_peak_bytes = 0
+
+    def begin(self, *, measured: bool) -> Sampler:
+        """Start a sampled step. One that is measured has no probe, which would count in the peak."""
+        if measured:
+            self._meter.begin()
+            self.sampler.begin(measured=True)
+        else:
+            self.sampler.begin(measured=False, turn=None if self._turns is None else self._turns.turn(self.turn))
+            self.turn += 1
+        return self.sampler
+
+    def end(self) -> None:
+        """Close the sampled step."""
+        measurement = self.sampler.end()
+        if measurement is not None:
+            self._measurement = measurement
+            self._process_peak_bytes = self._meter.peak_bytes()
+
+    def take_sums(self) -> torch.Tensor:
+        """For the SUM all-reduce, float64 on the device: the impact's window, then that of the probes."""
+        window = self.impact.take_window()
+        return window if self._statistics is None else torch.cat([window, self._statistics.take_window()])
+
+    def take_maxima(self, plugin_seconds: float) -> list[float]:
+        """For the MAX all-reduce; zeros where nothing was measured."""
+        measured, self._measurement = self._measurement, None
+        if measured is None:
+            values = [0.0] * (3 * self._blocks + 3)
+        else:
+            by_block = (*measured.keep_bytes, *measured.recompute_bytes, *measured.stored_bytes)
+            values = [*map(float, (*by_block, measured.held_bytes, measured.peak_bytes, self._process_peak_bytes))]
+        costs = [] if self._book is None else self._book.take_maxima()
+        return [*values, -float(self._meter.available_bytes()), plugin_seconds, *costs]
+
+
+def probe_schedule(scope: Scope, interval: int) -> ProbeSchedule | None:
+    """Whose turn it is to be probed; None where nothing needs to be."""
+    if not scope.probed:
+        return None
+    return ProbeSchedule(
+        kinds=scope.kinds,
+        storages=scope.storages,
+        lossy=frozenset(scope.lossy),
+        interval=interval,
+        samples=SAMPLES_PER_WINDOW - 1,
+    )
