@@ -44,7 +44,9 @@ class CostTable:
         for name, kind in _ARRAYS.items():
             array = np.asarray(getattr(self, name), dtype=kind)
             if array.shape != shape or 0 in shape:
-                raise GradckptError(f"costs: {name} is {list(array.shape)}; give [blocks, storages], here {list(shape)}")
+                raise GradckptError(
+                    f"costs: {name} is {list(array.shape)}; give [blocks, storages], here {list(shape)}"
+                )
             object.__setattr__(self, name, array)
         self._check_values()
 

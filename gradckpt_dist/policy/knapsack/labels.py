@@ -196,7 +196,8 @@ class _Labels:
 def _course(given: Ints, end: int) -> Floats:
     """What the given plan has taken by each free block, led to the limit in even steps."""
     taken = np.cumsum(given)
-    return taken + np.linspace(0, 1, len(taken) + 1)[1:] * (end - taken[-1])
+    course: Floats = taken + np.linspace(0, 1, len(taken) + 1)[1:] * (end - taken[-1])
+    return course
 
 
 def _not_dominated(held: Ints, error: Ints, seconds: Floats) -> Ints:
@@ -211,4 +212,5 @@ def _not_dominated(held: Ints, error: Ints, seconds: Floats) -> Ints:
     best = np.minimum.accumulate(np.where(error[:, None] <= levels, seconds[:, None], np.inf), axis=0)
     own = np.searchsorted(levels, error[1:], side="right") - 1
     keeps = seconds[1:] < best[np.arange(len(own)), own]
-    return order[np.concatenate([[True], keeps])]
+    kept: Ints = order[np.concatenate([[True], keeps])]
+    return kept

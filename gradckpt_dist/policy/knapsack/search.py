@@ -17,9 +17,10 @@ GAP = 2e-4
 _FILLS = ((12, 256), (32, 96))  # around the rounded mixture
 _PROOF = (72, 1024)  # among all that the gap leaves open
 _NEIGHBOURHOOD = 16  # around the best plan, to begin with
-_NEIGHBOURHOOD_WIDTH = 512
+_NEIGHBOURHOOD_WIDTH = 384
+_SMALLEST_NEIGHBOURHOOD = 6
 _LARGEST_NEIGHBOURHOOD = 64
-_MOST_WORK = 150_000  # in all neighbourhoods; some 50 ms
+_MOST_WORK = 220_000  # in all neighbourhoods; some 50 ms
 
 
 def search(instance: Instance, relaxation: Relaxation, start: Choice) -> tuple[Choice, float]:
@@ -63,13 +64,16 @@ class _Search:
     def _improve(self, free: Ints, tried: Bools) -> None:
         """Search around the best plan, other blocks each time, as many as can be searched without dropping labels."""
         generator = np.random.default_rng(0)
-        size, likely = _NEIGHBOURHOOD, np.linspace(1, 3, len(free))
+        size = float(_NEIGHBOURHOOD)
+        likely = np.linspace(1, 5, len(free))
         most_work = self._work + _MOST_WORK
         while len(free) and not self._done and self._work < most_work:
             chosen = free[np.argsort(generator.random(len(free)) * likely, kind="stable")[: int(size)]]
             below = self._below
             bound = self._try(self.best, chosen, tried, _NEIGHBOURHOOD_WIDTH)
-            size = min(size * 1.5, _LARGEST_NEIGHBOURHOOD) if bound >= below else size * 0.8
+            size = (
+                min(size * 1.5, _LARGEST_NEIGHBOURHOOD) if bound >= below else max(size * 0.8, _SMALLEST_NEIGHBOURHOOD)
+            )
 
     @property
     def _below(self) -> float:

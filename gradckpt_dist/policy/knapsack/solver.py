@@ -20,7 +20,6 @@ from gradckpt_dist.policy.knapsack.relaxation import relax
 from gradckpt_dist.policy.knapsack.search import search
 
 
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Solution:
     """``choice`` [blocks] are columns of the table. No choice within the limits takes fewer than ``bound`` seconds.
@@ -104,4 +103,5 @@ def _never_fits(instance: Instance) -> Bools:
     error = np.where(instance.allowed, instance.error, np.iinfo(np.int64).max).min(axis=0)
     before = np.cumsum(held) - held
     peak = before + instance.held + np.maximum(instance.working, suffix_peaks(instance)[1:])
-    return (peak > instance.capacity) | (instance.error - error > instance.tolerance - error.sum())
+    excluded: Bools = (peak > instance.capacity) | (instance.error - error > instance.tolerance - error.sum())
+    return excluded
