@@ -17,8 +17,9 @@ class Evidence:
 
     ``impacts`` is empty before the first sample. ``stored_bytes`` maps a storage to its bytes held, one number per
     block (the most over ranks); it holds ``keep`` and ``recompute`` once they were measured. ``costs`` and ``limits``
-    are None before the first measurement, and where nothing is probed. ``peak_limit_bytes``: the most that blocks may
-    hold at once; None for a budget that is a fraction.
+    are None before they were measured, or where the policy needs none. ``headroom_bytes`` is the limit less the peak
+    that was measured under the current mask, the least over ranks; negative where the limit was exceeded.
+    ``peak_limit_bytes`` is the most that blocks may hold at once. Both are None for a budget that is a fraction.
     """
 
     current: Mask
@@ -26,6 +27,7 @@ class Evidence:
     stored_bytes: dict[str, tuple[int, ...]]
     costs: CostTable | None = None
     limits: Limits | None = None
+    headroom_bytes: int | None = None
     peak_limit_bytes: int | None = None
 
     def bytes_of(self, storages: Sequence[str]) -> int | None:

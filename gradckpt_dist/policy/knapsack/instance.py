@@ -35,7 +35,7 @@ class Instance:
 
     @property
     def blocks(self) -> int:
-        return self.seconds.shape[1]
+        return int(self.seconds.shape[1])
 
     @property
     def allowed(self) -> Bools:
@@ -43,7 +43,8 @@ class Instance:
 
     def usage(self, choice: Choice) -> Ints:
         """Bytes in the backward of each block, [blocks]; each at most ``capacity`` in a plan that fits."""
-        return np.cumsum(take(self.held, choice)) + take(self.working, choice)
+        usage: Ints = np.cumsum(take(self.held, choice)) + take(self.working, choice)
+        return usage
 
     def without(self, excluded: Bools) -> Instance:
         """The same with fewer options."""
@@ -77,7 +78,8 @@ def _units(error: Floats, limit: float) -> Ints:
         return np.zeros(error.shape, dtype=np.int64)
     unit = limit / TOLERANCE_UNITS
     units = np.ceil(np.minimum(error / limit, 2.0) * TOLERANCE_UNITS)
-    return (units + (units * unit < np.minimum(error, 2 * limit))).astype(np.int64)
+    rounded_up: Ints = (units + (units * unit < np.minimum(error, 2 * limit))).astype(np.int64)
+    return rounded_up
 
 
 def take(array: NDArray[Any], choice: Choice) -> NDArray[Any]:
