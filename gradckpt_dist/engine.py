@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import logging
 import math
@@ -17,14 +18,14 @@ from torch.optim import Optimizer
 from gradckpt_dist.agreement import Agreement, Decision
 from gradckpt_dist.blocks import Block, BlockSwitch
 from gradckpt_dist.boundary import StepBoundary
-from gradckpt_dist.config import Config
+from gradckpt_dist.config import LOSSY_STORAGES, Config
 from gradckpt_dist.cost.budget import Budget
 from gradckpt_dist.errors import MaskError
 from gradckpt_dist.events import EventLog
 from gradckpt_dist.knowledge import Knowledge, Scope
 from gradckpt_dist.mask import Mask
 from gradckpt_dist.observer import Observer, probe_schedule
-from gradckpt_dist.policy import Plan, create_policy
+from gradckpt_dist.policy import BudgetPlan, BudgetPolicy, Evidence, Plan, create_policy, require_feasible
 from gradckpt_dist.runtime import BlockRuntime, Gate
 from gradckpt_dist.schedule import Schedule
 from gradckpt_dist.version import __version__
@@ -75,6 +76,8 @@ class Engine:
         self._turn = Turn.IDLE
         self._pinned = False
         self._plan: Plan | None = None
+        self._feasible = False
+        self._warned_infeasible = False
         self._theta: float | None = None
         self._plugin_seconds = 0.0
         names = tuple(block.name for block in blocks)
@@ -134,6 +137,9 @@ class Engine:
             "predicted_peak_bytes": evidence.peak_of(self._mask.storages),
             "held_bytes": knowledge.held_bytes,
             "measured_peak_bytes": knowledge.peak_bytes,
+            "process_peak_bytes": knowledge.process_peak_bytes,
+            "predicted_process_peak_bytes": _peak_of(evidence, self._mask),
+            "relative_error_predicted": _error_of(evidence, self._mask),
             "recomputes": [runtime.recomputes for runtime in self._runtimes],
             "decisions": knowledge.running.decisions,
             "dropped_samples": knowledge.running.dropped_samples,
@@ -159,6 +165,21 @@ class Engine:
         self._pinned = pinned
         self._wake_step = self._step + 1
 
+    def set_memory_budget(self, memory_budget: float | str) -> None:
+        """Decide from now on by another ``Config.memory_budget``; the next decision meets it.
+
+        Every rank of the domain calls it between the same two steps; ranks are compared before anything changes.
+
+        Raises:
+            ConfigError: not a fraction, bytes or ``auto``.
+            AgreementError: another rank was given another one, or none within ``agreement_timeout_s``.
+        """
+        config = dataclasses.replace(self.config, memory_budget=memory_budget)
+        self._agreement.compare({"memory_budget": config.memory_budget}, self._step)
+        self.config = config
+        self._policy = create_policy(config)
+        self._knowledge.budget = Budget.of(config)
+
     def state_dict(self) -> dict[str, Any]:
         """Plain values with which another run goes on: mask, epoch, step, agreed impacts and bytes, theta.
 
@@ -171,6 +192,7 @@ class Engine:
             "epoch": self._mask.epoch,
             "step": self._step,
             "pinned": self._pinned,
+            "turn": self._observer.turn,
             "theta": self._theta,
             "knowledge": self._knowledge.state_dict(),
         }
@@ -192,7 +214,7 @@ class Engine:
         self._agreement.compare({"epoch": mask.epoch, "mask": list(storages), "step": state["step"]}, self._step)
         self._drain()
         self._knowledge.load_state_dict(state["knowledge"])
-        self._pinned, self._theta = state["pinned"], state["theta"]
+        self._pinned, self._theta, self._observer.turn = state["pinned"], state["theta"], state["turn"]
         self._step, self._wake_step = state["step"], state["step"] + 1
         self._apply(mask)
 
@@ -257,9 +279,15 @@ class Engine:
     def _decide(self) -> None:
         sums, maxima = self._agreement.collect()
         self._knowledge.update(sums, maxima, self._mask)
+        evidence = self._knowledge.evidence(self._mask)
+        if self._policy.name == BudgetPolicy.name and not self._feasible and evidence.costs and evidence.limits:
+            # The evidence is equal on all ranks, and so is this error.
+            require_feasible(evidence.costs, evidence.limits)
+            self._feasible = True
         decision = None
         if self._agreement.rank == 0:
-            self._plan = self._policy.plan(self._knowledge.evidence(self._mask))
+            self._plan = self._policy.plan(evidence)
+            self._warn_if_infeasible(self._plan)
             theta = math.nan if self._plan.theta is None else self._plan.theta
             mask = self._mask.replaced(self._plan.storages)
             decision = Decision(mask=mask, step=self._launched_step, theta=theta)
@@ -290,6 +318,11 @@ class Engine:
         elif self._turn is Turn.BROADCASTING:
             self._agreement.receive(self._mask.blocks, self._mask.epoch)
         self._turn = Turn.IDLE
+
+    def _warn_if_infeasible(self, plan: Plan) -> None:
+        if isinstance(plan, BudgetPlan) and not plan.feasible and not self._warned_infeasible:
+            self._warned_infeasible = True
+            logger.warning("gradckpt: step %d: %s; training goes on", self._step, plan.reason)
 
     # -- details --------------------------------------------------------------------------------------------------
 
@@ -347,9 +380,25 @@ class Engine:
             predicted_held_bytes=stats["predicted_held_bytes"],
             held_bytes=stats["held_bytes"],
             relative_error_budget=self.config.gradient_tolerance,
-            relative_error_predicted=0.0,
+            relative_error_predicted=stats["relative_error_predicted"],
+            process_peak_bytes=stats["process_peak_bytes"],
+            predicted_process_peak_bytes=stats["predicted_process_peak_bytes"],
+            error_price=plan.error_price if isinstance(plan, BudgetPlan) else None,
             dropped_samples=stats["dropped_samples"],
             plugin_seconds=self._knowledge.plugin_seconds,
             reason="set by the user" if event == "set_mask" else plan.reason if plan else None,
             ranks=self._agreement.ranks,
         )
+
+
+def _peak_of(evidence: Evidence, mask: Mask) -> int | None:
+    costs = evidence.costs
+    return None if costs is None else costs.peak_bytes_of(costs.choice(mask.storages))
+
+
+def _error_of(evidence: Evidence, mask: Mask) -> float | None:
+    """Predicted relative error of the whole gradient: 0 for exact storages, None where it is not known."""
+    if not set(mask.storages) & set(LOSSY_STORAGES):
+        return 0.0
+    costs = evidence.costs
+    return None if costs is None else math.sqrt(costs.squared_error_of(costs.choice(mask.storages)))

@@ -95,6 +95,7 @@ class Knowledge:
             stored_bytes=dict(self.stored_bytes),
             costs=costs,
             limits=None if costs is None else self.budget.limits(costs, self.available_bytes),
+            headroom_bytes=self._headroom_bytes(),
             peak_limit_bytes=self._peak_limit_bytes(),
         )
 
@@ -138,11 +139,16 @@ class Knowledge:
                 stored[i] if used == name else known[i] for i, used in enumerate(mask.storages)
             )
 
-    def _peak_limit_bytes(self) -> int | None:
-        """The most that blocks may hold at once, as the ledger counts it; None for a fraction, or before it is known."""
+    def _headroom_bytes(self) -> int | None:
         if self.budget.is_fraction or self._measured_mask is None:
             return None
-        return self.budget.planned_bytes(self.available_bytes) - max(0, self.process_peak_bytes - self.peak_bytes)
+        return self.budget.limit_bytes(self.available_bytes) - self.process_peak_bytes
+
+    def _peak_limit_bytes(self) -> int | None:
+        headroom = self._headroom_bytes()
+        if headroom is None:
+            return None
+        return self.peak_bytes + headroom - self.budget.reserve_bytes(self.available_bytes)
 
     # -- the cost table -------------------------------------------------------------------------------------------
 

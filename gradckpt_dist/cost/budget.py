@@ -40,19 +40,21 @@ class Budget:
         """
         squared_error = self.gradient_tolerance**2
         if isinstance(self.memory_budget, str):
-            limit = self._limit_bytes(available_bytes)
-            return Limits(peak_bytes=limit, squared_error=squared_error, reserve_bytes=self._reserve_bytes(limit))
+            return Limits(
+                peak_bytes=self.limit_bytes(available_bytes),
+                squared_error=squared_error,
+                reserve_bytes=self.reserve_bytes(available_bytes),
+            )
         least, most = (costs.peak_bytes_of(costs.choice((name,) * costs.blocks)) for name in ("recompute", "keep"))
         limit = least + int(self.memory_budget * max(0, most - least))
         return Limits(peak_bytes=limit, squared_error=squared_error)
 
-    def planned_bytes(self, available_bytes: int) -> int:
-        """The peak that a rank's process may have, the reserve left free; for a budget in bytes, or ``auto``."""
-        limit = self._limit_bytes(available_bytes)
-        return limit - self._reserve_bytes(limit)
+    def limit_bytes(self, available_bytes: int) -> int:
+        """The peak that a rank's process may have, the reserve included; for a budget in bytes, or ``auto``."""
+        return available_bytes if self.memory_budget == "auto" else byte_count(self.memory_budget)
 
-    def _limit_bytes(self, available_bytes: int) -> int:
-        return byte_count(self.memory_budget) if self.memory_budget != "auto" else available_bytes
-
-    def _reserve_bytes(self, limit_bytes: int) -> int:
-        return byte_count(self.reserve) if isinstance(self.reserve, str) else int(self.reserve * limit_bytes)
+    def reserve_bytes(self, available_bytes: int) -> int:
+        """What is to stay free of it."""
+        if isinstance(self.reserve, str):
+            return byte_count(self.reserve)
+        return int(self.reserve * self.limit_bytes(available_bytes))
