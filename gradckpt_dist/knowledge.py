@@ -47,7 +47,7 @@ class Scope:
             storages=config.storages,
             lossy=lossy,
             metric=config.impact if lossy else "norm",
-            probed=config.policy == "budget" or config.threshold.low_impact_storage in lossy,
+            probed=bool(modules) and (config.policy == "budget" or config.threshold.low_impact_storage in lossy),
         )
 
     @property

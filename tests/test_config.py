@@ -22,12 +22,12 @@ NOT_NUMBERS = [None, True, "1", [1], {}, math.nan, math.inf, 10**400]
 WRONG: list[tuple[str, Any]] = [
     *(("enabled", value) for value in (None, 0, 1, "true", [])),
     *(("policy", value) for value in (None, "greedy", 1, [], "Threshold", "")),
-    *(("memory_budget", value) for value in [*NOT_NUMBERS, -0.01, 1.01, "40Gib", "40GiB", "auto", "0.5", ""]),
+    *(("memory_budget", value) for value in [*NOT_NUMBERS[1:], -0.01, 1.01, "40Gib", "40", "Auto", "0.5", ""]),
     *(("gradient_tolerance", value) for value in [*NOT_NUMBERS, -1e-9, 1, 1.0]),
-    *(("impact", value) for value in (None, "probe", "influence", 3)),
+    *(("impact", value) for value in (None, "gradient", "Norm", 3)),
     *(("interval", value) for value in (None, True, 1, 0, -1, 2.0, "50", math.nan)),
     *(("warmup_steps", value) for value in (None, False, -1, 0.5, "5")),
-    *(("storages", value) for value in (None, "keep", [], ["keep"], ["recompute"], ["keep", "recompute", "zip"], [1])),
+    *(("storages", value) for value in ("keep", [], ["keep"], ["recompute"], ["keep", "recompute", "zip"], [1])),
     *(("storages", ["keep", "recompute", name]) for name in LOSSY_STORAGES),
     *(("threshold", value) for value in (None, "auto", 0.5, [])),
     *(("every_n", value) for value in (None, True, -1, 1.5, "half", "1")),
@@ -36,7 +36,7 @@ WRONG: list[tuple[str, Any]] = [
     *(("log_level", value) for value in (None, "INFO", 10)),
     *(("seed", value) for value in (None, True, -1, 0.0)),
     *(("hysteresis", value) for value in [*NOT_NUMBERS, -0.1, 1.1]),
-    *(("reserve", value) for value in (0, "1GiB", False)),
+    *(("reserve", value) for value in (None, 1, -0.1, "1GB", False)),
     *(("agreement_timeout_s", value) for value in [*NOT_NUMBERS, 0, -1, 1e-4, 1e10, 1e15]),
 ]
 
@@ -85,8 +85,8 @@ def test_wrong_value_in_a_section_is_named_with_the_section(key: str, value: Any
         ("memory_budget", -0.1, "a fraction from 0"),
         ("memory_budget", "40GB", "units KiB, MiB, GiB, TiB"),
         ("memory_budget", True, "a fraction from 0"),
-        ("policy", "budgt", "'threshold' or 'static'"),
-        ("reserve", 0.1, "belongs to the budget policy"),
+        ("policy", "budgt", "'budget' or 'threshold' or 'static'"),
+        ("reserve", 1, "a share of the limit of at least 0 and below 1, or bytes"),
         ("storages", "keep", "a list of storages"),
         ("storages", ["zip"], "each 'keep' or 'recompute'"),
         ("storages", ["keep"], "must hold both 'keep' and 'recompute'"),
@@ -155,6 +155,12 @@ def test_values_are_normalised() -> None:
     assert hash(config) == hash(dataclasses.replace(config))
 
 
+def test_storages_follow_from_the_tolerance() -> None:
+    assert set(Config().storages) == {"keep", "recompute", "selective", "selective_half"}
+    assert set(Config(gradient_tolerance=0.01).storages) == set(Config().storages) | set(LOSSY_STORAGES)
+    assert Config.from_dict({"memory_budget": None}).memory_budget == "auto"
+
+
 def test_is_frozen_and_keyword_only() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().interval = 5  # type: ignore[misc]
@@ -174,8 +180,11 @@ CONFIGS = st.fixed_dictionaries(
     {},
     optional={
         "enabled": st.booleans(),
-        "policy": st.sampled_from(["threshold", "static"]),
-        "memory_budget": _numbers(0, 1),
+        "policy": st.sampled_from(["budget", "threshold", "static"]),
+        "memory_budget": st.one_of(_numbers(0, 1), st.sampled_from(["auto", "40GiB", "1.5MiB"])),
+        "reserve": st.one_of(_numbers(0, 0.99), st.just("2GiB")),
+        "impact": st.sampled_from(["norm", "influence", "probe"]),
+        "gradient_tolerance": _numbers(0, 0.99),
         "interval": st.integers(2, 10**6),
         "warmup_steps": st.integers(0, 10**6),
         "threshold": st.one_of(

@@ -63,4 +63,6 @@ def test_a_check_returns_the_value_or_refuses_it(value: Any) -> None:
     ]
     for checked in checks:
         with contextlib.suppress(check.CheckError):
-            assert checked(value) == value or checked is check.byte_count or isinstance(value, list)
+            result = checked(value)
+            # A number is normalised to a float, which whole numbers beyond 2**53 round to.
+            assert result == value or checked is check.byte_count or isinstance(value, list) or result == float(value)

@@ -15,7 +15,7 @@ import gradckpt_dist
 from gradckpt_dist import BlocksNotFoundError, ConflictError, MaskError
 from gradckpt_dist.sampling import Sampler
 
-CONFIG = {"interval": 4, "warmup_steps": 0, "memory_budget": 0.5}
+CONFIG = {"policy": "threshold", "interval": 4, "warmup_steps": 0, "memory_budget": 0.5}
 
 
 def _model() -> Model:

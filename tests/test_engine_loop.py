@@ -18,7 +18,7 @@ from gradckpt_dist import ConflictError, Engine, MaskError, StorageError
 from gradckpt_dist.engine import Turn
 from gradckpt_dist.storage import STORAGES
 
-AUTO = {"interval": 6, "warmup_steps": 2, "memory_budget": 0.5}
+AUTO = {"policy": "threshold", "interval": 6, "warmup_steps": 2, "memory_budget": 0.5}
 
 
 def _trained(config: dict[str, Any] | None, steps: int) -> tuple[Trainer, list[float], torch.Tensor]:

@@ -20,7 +20,13 @@ from torch.distributed.distributed_c10d import _get_default_store
 import gradckpt_dist
 from gradckpt_dist import AgreementError, BlocksNotFoundError, ConfigError, MaskError
 
-CONFIG = {"interval": 4, "warmup_steps": 0, "memory_budget": 0.5, "log_level": "debug"}
+CONFIG = {
+    "policy": "threshold",
+    "interval": 4,
+    "warmup_steps": 0,
+    "memory_budget": 0.5,
+    "log_level": "debug",
+}
 
 
 def _decisions(folder: str, rank: int) -> list[dict[str, Any]]:
@@ -50,7 +56,7 @@ def _train_with_log(folder: str, steps: int, disturb: str = "nothing") -> None:
 
 def _disturb(engine: gradckpt_dist.Engine, disturb: str) -> None:
     """Make this rank's own statistics faulty; no real model does it on one rank only and on demand."""
-    impact = engine._impact
+    impact = engine._observer.impact
     if disturb == "samples nothing":
         impact.watch = lambda index, output: None
     elif disturb in {"nan", "inf"}:

@@ -19,7 +19,7 @@ MASKS = [
     ["recompute", "keep"] * 3,
     *([random.Random(seed).choice(["keep", "recompute"]) for _ in range(6)] for seed in range(3)),
 ]
-CONFIG = {"interval": 3, "warmup_steps": 0, "memory_budget": 0.5}
+CONFIG = {"policy": "threshold", "interval": 3, "warmup_steps": 0, "memory_budget": 0.5}
 
 
 def _model(framework: str) -> torch.nn.Module:
