@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import logging
 import math
 import sys
 import time
@@ -18,19 +17,18 @@ from torch.optim import Optimizer
 from gradckpt_dist.agreement import Agreement, Decision
 from gradckpt_dist.blocks import Block, BlockSwitch
 from gradckpt_dist.boundary import StepBoundary
-from gradckpt_dist.config import LOSSY_STORAGES, Config
+from gradckpt_dist.config import Config
 from gradckpt_dist.cost.budget import Budget
 from gradckpt_dist.errors import MaskError
-from gradckpt_dist.events import EventLog
+from gradckpt_dist.journal import Journal
 from gradckpt_dist.knowledge import Knowledge, Scope
 from gradckpt_dist.mask import Mask
 from gradckpt_dist.observer import Observer, probe_schedule
-from gradckpt_dist.policy import BudgetPlan, BudgetPolicy, Evidence, Plan, create_policy, require_feasible
+from gradckpt_dist.out_of_memory import OutOfMemoryReport
+from gradckpt_dist.policy import BudgetPolicy, Plan, create_policy, require_feasible
 from gradckpt_dist.runtime import BlockRuntime, Gate
 from gradckpt_dist.schedule import Schedule
 from gradckpt_dist.version import __version__
-
-logger = logging.getLogger("gradckpt_dist")
 
 _NEVER = sys.maxsize
 
@@ -70,14 +68,13 @@ class Engine:
         scope = Scope.of(modules, config)
         self._observer = Observer(modules, scope, device, self._gate.context, probe_schedule(scope, config.interval))
         self._knowledge = Knowledge(scope, Budget.of(config))
-        self._log = EventLog(config.log_dir, agreement.rank, all_ranks=config.log_level == "debug")
+        self._journal = Journal(config, agreement.rank, agreement.ranks)
         self._step = -1
         self._wake_step = 0
         self._turn = Turn.IDLE
         self._pinned = False
         self._plan: Plan | None = None
         self._feasible = False
-        self._warned_infeasible = False
         self._theta: float | None = None
         self._plugin_seconds = 0.0
         names = tuple(block.name for block in blocks)
@@ -100,7 +97,8 @@ class Engine:
                 switch.undo()
             raise
         self._boundary = StepBoundary(root, optimizer, self)
-        self._log_start()
+        self._memory_report = OutOfMemoryReport(self._report_out_of_memory)
+        self._journal.start(self._mask, self.config)
 
     def join_forward(self) -> None:
         """Take part in a training forward of the root that is under way, its hooks having been gathered already."""
@@ -126,6 +124,8 @@ class Engine:
         """
         knowledge = self._knowledge
         evidence = knowledge.evidence(self._mask)
+        storages = self._mask.storages
+        held, peak = evidence.bytes_of(storages), evidence.peak_of(storages)
         return {
             "step": self._step,
             "epoch": self._mask.epoch,
@@ -133,13 +133,13 @@ class Engine:
             "impacts": list(evidence.impacts),
             "theta": self._theta,
             "stored_bytes": {name: list(values) for name, values in knowledge.stored_bytes.items()},
-            "predicted_held_bytes": evidence.bytes_of(self._mask.storages),
-            "predicted_peak_bytes": evidence.peak_of(self._mask.storages),
+            "predicted_held_bytes": None if held is None else held + evidence.outside_bytes,
+            "predicted_peak_bytes": None if peak is None else peak + evidence.outside_bytes,
             "held_bytes": knowledge.held_bytes,
             "measured_peak_bytes": knowledge.peak_bytes,
             "process_peak_bytes": knowledge.process_peak_bytes,
-            "predicted_process_peak_bytes": _peak_of(evidence, self._mask),
-            "relative_error_predicted": _error_of(evidence, self._mask),
+            "predicted_process_peak_bytes": evidence.process_peak_of(storages),
+            "relative_error_predicted": evidence.error_of(storages),
             "recomputes": [runtime.recomputes for runtime in self._runtimes],
             "decisions": knowledge.running.decisions,
             "dropped_samples": knowledge.running.dropped_samples,
@@ -224,6 +224,7 @@ class Engine:
             return
         self._boundary.remove()
         self._boundary = None
+        self._memory_report.remove()
         for switch in self._switches:
             switch.undo()
         try:
@@ -287,7 +288,6 @@ class Engine:
         decision = None
         if self._agreement.rank == 0:
             self._plan = self._policy.plan(evidence)
-            self._warn_if_infeasible(self._plan)
             theta = math.nan if self._plan.theta is None else self._plan.theta
             mask = self._mask.replaced(self._plan.storages)
             decision = Decision(mask=mask, step=self._launched_step, theta=theta)
@@ -319,11 +319,6 @@ class Engine:
             self._agreement.receive(self._mask.blocks, self._mask.epoch)
         self._turn = Turn.IDLE
 
-    def _warn_if_infeasible(self, plan: Plan) -> None:
-        if isinstance(plan, BudgetPlan) and not plan.feasible and not self._warned_infeasible:
-            self._warned_infeasible = True
-            logger.warning("gradckpt: step %d: %s; training goes on", self._step, plan.reason)
-
     # -- details --------------------------------------------------------------------------------------------------
 
     def _checked(self, storages: Sequence[str]) -> Mask:
@@ -346,59 +341,15 @@ class Engine:
             step += 1
         return step
 
-    def _log_start(self) -> None:
-        self._log.write(
-            "start",
-            version=__version__,
-            torch=torch.__version__,
-            ranks=self._agreement.ranks,
-            blocks=list(self._mask.blocks),
-            mask=list(self._mask.storages),
-            digest=self._mask.digest,
-            config=self.config.to_dict(),
-        )
-        if self._agreement.rank == 0:
-            logger.info(
-                "gradckpt: %d blocks, %d ranks, policy %s", len(self._mask), self._agreement.ranks, self._policy.name
-            )
-
     def _log_mask(self, event: str) -> None:
-        stats = self.stats()
-        plan = self._plan
-        if self._agreement.rank == 0:
-            logger.debug("gradckpt: step %d, epoch %d, mask %s", self._step, self._mask.epoch, ",".join(stats["mask"]))
-        self._log.write(
-            event,
-            step=self._step,
-            epoch=self._mask.epoch,
-            digest=self._mask.digest,
-            mask=stats["mask"],
-            impacts=stats["impacts"],
-            theta=self._theta,
-            predicted_peak_bytes=stats["predicted_peak_bytes"],
-            measured_peak_bytes=stats["measured_peak_bytes"],
-            predicted_held_bytes=stats["predicted_held_bytes"],
-            held_bytes=stats["held_bytes"],
-            relative_error_budget=self.config.gradient_tolerance,
-            relative_error_predicted=stats["relative_error_predicted"],
-            process_peak_bytes=stats["process_peak_bytes"],
-            predicted_process_peak_bytes=stats["predicted_process_peak_bytes"],
-            error_price=plan.error_price if isinstance(plan, BudgetPlan) else None,
-            dropped_samples=stats["dropped_samples"],
-            plugin_seconds=self._knowledge.plugin_seconds,
-            reason="set by the user" if event == "set_mask" else plan.reason if plan else None,
-            ranks=self._agreement.ranks,
-        )
+        also = {
+            "relative_error_budget": self.config.gradient_tolerance,
+            "plugin_seconds": self._knowledge.plugin_seconds,
+        }
+        if event == "set_mask":
+            self._journal.set_mask(self._step, self._mask, self.stats(), **also)
+        else:
+            self._journal.decision(self._step, self._mask, self.stats(), self._plan, **also)
 
-
-def _peak_of(evidence: Evidence, mask: Mask) -> int | None:
-    costs = evidence.costs
-    return None if costs is None else costs.peak_bytes_of(costs.choice(mask.storages))
-
-
-def _error_of(evidence: Evidence, mask: Mask) -> float | None:
-    """Predicted relative error of the whole gradient: 0 for exact storages, None where it is not known."""
-    if not set(mask.storages) & set(LOSSY_STORAGES):
-        return 0.0
-    costs = evidence.costs
-    return None if costs is None else math.sqrt(costs.squared_error_of(costs.choice(mask.storages)))
+    def _report_out_of_memory(self) -> None:
+        self._journal.out_of_memory(self._step, self.stats(), self.config)

@@ -70,7 +70,7 @@ class Knowledge:
         self.costs = Costs(scope.kinds, scope.storages) if scope.probed else None
         self.errors = ExpectedErrors(scope.kinds, scope.lossy) if scope.probed else None
         self.stored_bytes: dict[str, tuple[int, ...]] = {}
-        self.held_bytes = self.peak_bytes = self.process_peak_bytes = self.available_bytes = 0
+        self.held_bytes = self.peak_bytes = self.outside_bytes = self.process_peak_bytes = self.available_bytes = 0
         self.plugin_seconds = 0.0
         self._measured_mask: Mask | None = None
 
@@ -97,6 +97,7 @@ class Knowledge:
             limits=None if costs is None else self.budget.limits(costs, self.available_bytes),
             headroom_bytes=self._headroom_bytes(),
             peak_limit_bytes=self._peak_limit_bytes(),
+            outside_bytes=self.outside_bytes,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -132,6 +133,7 @@ class Knowledge:
         keep = tuple(new or old for new, old in zip(keep, self.stored_bytes.get("keep", keep), strict=True))
         self.held_bytes, self.peak_bytes, self.process_peak_bytes = held, peak, process_peak
         self._measured_mask = mask
+        self.outside_bytes = max(0, held - sum(stored))
         self.stored_bytes |= {"keep": keep, "recompute": recompute}
         for name in set(mask.storages) - {"keep", "recompute"}:
             known = self.stored_bytes.get(name, keep)

@@ -15,6 +15,8 @@ from gradckpt_dist.storage.ledger import Measurement
 SAMPLES = 15
 """The latest ones, of which the median counts."""
 
+LEAST_EXTRA = 0.01
+
 _UNKNOWN = -1e300
 """Loses against every measured number in a MAX over ranks, and is finite."""
 
@@ -172,10 +174,15 @@ class Costs:
         return self._costs[self._kinds[index], storage]
 
     def extra_seconds(self, index: int, storage: str) -> float:
-        """Per step, against ``keep``; infinite where the storage is refused or was not measured yet."""
-        cost = self.of(index, storage)
-        unknown = cost.refused or cost.extra_seconds is None or cost.held_bytes is None
-        return math.inf if unknown else (cost.extra_seconds or 0.0) * self.step_tokens[index]
+        """Per step, against ``keep``; infinite where the storage is refused or was not measured yet.
+
+        Any other storage does what ``keep`` does and more: below ``LEAST_EXTRA`` of its seconds, noise is at work.
+        """
+        cost, keep = self.of(index, storage), self.of(index, "keep")
+        if cost.refused or cost.extra_seconds is None or cost.held_bytes is None or keep.seconds is None:
+            return math.inf
+        least = 0.0 if storage == "keep" else LEAST_EXTRA * keep.seconds
+        return max(cost.extra_seconds, least) * self.step_tokens[index]
 
     def held_bytes(self, index: int, storage: str) -> int:
         """From the block's forward to its backward, in the largest forward seen; 0 while not measured."""

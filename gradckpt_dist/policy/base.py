@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from gradckpt_dist.config import LOSSY_STORAGES
 from gradckpt_dist.cost import CostTable, Limits
 from gradckpt_dist.mask import Mask
 
@@ -20,6 +22,7 @@ class Evidence:
     are None before they were measured, or where the policy needs none. ``headroom_bytes`` is the limit less the peak
     that was measured under the current mask, the least over ranks; negative where the limit was exceeded.
     ``peak_limit_bytes`` is the most that blocks may hold at once. Both are None for a budget that is a fraction.
+    ``outside_bytes`` is what the model's forward held beside its blocks.
     """
 
     current: Mask
@@ -29,6 +32,7 @@ class Evidence:
     limits: Limits | None = None
     headroom_bytes: int | None = None
     peak_limit_bytes: int | None = None
+    outside_bytes: int = 0
 
     def bytes_of(self, storages: Sequence[str]) -> int | None:
         """Predicted bytes held by the blocks under these storages; None before they were measured.
@@ -52,6 +56,16 @@ class Evidence:
             peak = max(peak, held + stored + working_set)
             held += stored
         return peak
+
+    def process_peak_of(self, storages: Sequence[str]) -> int | None:
+        """Predicted peak of the process under these storages; None before costs were measured."""
+        return None if self.costs is None else self.costs.peak_bytes_of(self.costs.choice(storages))
+
+    def error_of(self, storages: Sequence[str]) -> float | None:
+        """Predicted relative error of the whole gradient: 0 for exact storages, None where it is not known."""
+        if not set(storages) & set(LOSSY_STORAGES):
+            return 0.0
+        return None if self.costs is None else math.sqrt(self.costs.squared_error_of(self.costs.choice(storages)))
 
 
 @dataclass(frozen=True, kw_only=True)
