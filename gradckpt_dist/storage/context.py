@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from gradckpt_dist.storage.lane import OffloadLane
+from gradckpt_dist.storage.noise import NoiseSource
 
 
 @dataclass
 class StorageContext:
-    """``lane``: where offloading blocks meet."""
+    """``lane``: where offloading blocks meet; ``noise``: where lossy ones get their seeds."""
 
     lane: OffloadLane = field(default_factory=OffloadLane)
+    noise: NoiseSource = field(default_factory=NoiseSource)
