@@ -27,7 +27,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Quantised:
-    """A tensor of ``shape`` as codes, with an origin and a scale for each 128 values, the last ones padded."""
+    """A tensor of ``shape`` as codes, with an origin and a scale for each 128 values, padded to a multiple of 2,048."""
 
     codes: Tensor
     origin: Tensor
@@ -45,8 +45,7 @@ def quantise(tensor: Tensor, bits: int, noise: NoiseSource) -> Quantised | None:
     """``tensor`` (float32, float16 or bfloat16, any shape) in 8 or 4 bits a value.
 
     8 bits round to nearest, which errs by half a level at most; 4 bits round stochastically, by less than a level and
-    without bias, with a seed from ``noise``. A level is (max - min) / 255 or / 15 of 128 neighbouring values, and up to
-    1 % more. A tensor that holds a value that is not finite, or spans over 1.7e38 within a group, gives None on the
+    without bias, with a seed from ``noise``. A level is (max - min) / 255 or / 15 of 128 values, and up to 1 % more. A tensor that holds a value that is not finite, or spans over 1.7e38 within a group, gives None on the
     CPU; elsewhere finding out would wait for the device, and the whole group comes back as NaN.
 
     Raises:
@@ -57,12 +56,12 @@ def quantise(tensor: Tensor, bits: int, noise: NoiseSource) -> Quantised | None:
             f"cannot quantise {tensor.dtype} in {bits} bits; give float32, float16 or bfloat16, and 8 or 4 bits"
         )
     with _plain_torch():
-        groups = _grouped(tensor)
+        chunks = _chunked(tensor)
         if bits == 8:
-            codes, origin, scale = _quantise8(groups)
+            codes, origin, scale = _quantise8(chunks)
         else:
             seed = torch.full((1,), noise.draw(), dtype=torch.int32, device=tensor.device)
-            codes, origin, scale = _quantise4(groups, seed)
+            codes, origin, scale = _quantise4(chunks, seed)
         if tensor.device.type == "cpu" and bool(origin.isnan().any()):
             return None
         return Quantised(codes=codes, origin=origin, scale=scale, bits=bits, shape=tensor.shape)
@@ -72,12 +71,12 @@ def dequantise(quantised: Quantised) -> Tensor:
     """The tensor again: contiguous, in its shape and dtype."""
     with _plain_torch():
         kernel = _dequantise8 if quantised.bits == 8 else _dequantise4
-        groups: Tensor = kernel(quantised.codes, quantised.origin, quantised.scale)
-        return groups.view(-1)[: quantised.shape.numel()].view(quantised.shape)
+        chunks: Tensor = kernel(quantised.codes, quantised.origin, quantised.scale)
+        return chunks.view(-1)[: quantised.shape.numel()].view(quantised.shape)
 
 
 class _Kernel:
-    """A function of ``kernels``, compiled at its first call; eager where that fails, and for a single group."""
+    """A function of ``kernels``, compiled at its first call; eager where that fails, and for a single chunk."""
 
     _warned = False
 
@@ -93,7 +92,7 @@ class _Kernel:
         try:
             if self._compiled is None:
                 self._compiled = _compile(self._function)
-            for tensor in (first, *(other for other in others if other.dim() == 2)):
+            for tensor in (first, *(other for other in others if other.dim() == 3)):
                 mark_dynamic(tensor, 0)
             return self._compiled(first, *others)
         except torch.OutOfMemoryError:
@@ -128,13 +127,13 @@ _dequantise8 = _Kernel(kernels.dequantise8)
 _dequantise4 = _Kernel(kernels.dequantise4)
 
 
-def _grouped(tensor: Tensor) -> Tensor:
-    """[groups, 128]; padding repeats the last value, which leaves the range of the last group as it is."""
+def _chunked(tensor: Tensor) -> Tensor:
+    """[chunks, 128, 16]; padding repeats the last value, which leaves the range of its group as it is or takes it in."""
     flat = tensor.detach().reshape(-1)
-    missing = -flat.numel() % kernels.GROUP
+    missing = -flat.numel() % kernels.CHUNK
     if missing:
         flat = torch.cat([flat, flat[-1:].expand(missing)])
-    return flat.view(-1, kernels.GROUP)
+    return flat.view(-1, kernels.GROUP, kernels.LANES)
 
 
 @contextmanager
