@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch._C._autograd import SavedTensor, _make_saved_tensor, _top_saved_tensors_default_hooks
+from torch._C._autograd import _make_saved_tensor, _top_saved_tensors_default_hooks
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
@@ -22,7 +22,21 @@ from gradckpt_dist.storage.operations import Operation, inner_tensors, storage_k
 
 Occurrence = tuple[Any, int]
 """An operator, and how many considered calls of it came before in the same forward."""
-Save = Callable[[torch.Tensor, "Entry"], SavedTensor]
+
+
+class Held(Protocol):
+    """A tensor that is held, such as ``SavedTensor``."""
+
+    def unpack(self) -> torch.Tensor:
+        """The tensor again.
+
+        Raises:
+            RuntimeError: it was changed in place since.
+        """
+
+
+Save = Callable[["Entry", int, torch.Tensor], Held]
+"""Holds one tensor of an entry's output, which is at the given position."""
 
 
 class Entry:
@@ -74,8 +88,8 @@ class Entry:
         """End of the forward: hold the output as autograd holds a saved tensor."""
         if self.leaves is not None:
             self._saved = [
-                (save(leaf, self), leaf.stride()) if isinstance(leaf, torch.Tensor) else (leaf, None)
-                for leaf in self.leaves
+                (save(self, position, leaf), leaf.stride()) if isinstance(leaf, torch.Tensor) else (leaf, None)
+                for position, leaf in enumerate(self.leaves)
             ]
             self.leaves = None
 
@@ -85,15 +99,14 @@ class Entry:
         self._saved = None
         if saved is None:
             return None
-        leaves = []
-        for held, stride in saved:
-            try:
-                leaf = held.unpack() if isinstance(held, SavedTensor) else held
-            except RuntimeError:  # written to after the forward
-                return None
-            if stride is not None and leaf.stride() != stride:  # the caller's own hooks have moved it
-                return None
-            leaves.append(leaf)
+        try:
+            with torch.no_grad():
+                leaves = [held if stride is None else held.unpack() for held, stride in saved]
+        except RuntimeError:  # written to after the forward
+            return None
+        # The caller's own hooks may have changed a layout.
+        if any(stride is not None and leaf.stride() != stride for leaf, (_, stride) in zip(leaves, saved, strict=True)):
+            return None
         if self.random_state is not None:
             set_random_state(*self.random_state)
         return (leaves[0] if spec is None else tree_unflatten(leaves, spec),)
@@ -226,7 +239,7 @@ class OperationCache:
                 )
 
 
-def save_exactly(tensor: torch.Tensor, entry: Entry) -> SavedTensor:
+def save_exactly(entry: Entry, position: int, tensor: torch.Tensor) -> Held:
     """Hold a tensor under the saved-tensor hooks in force, which count or move it like those that autograd saves."""
     return _make_saved_tensor(tensor, is_output=False)
 
