@@ -1,10 +1,10 @@
 """The quantiser's arithmetic, written once: plain operations that torch.compile fuses.
 
-A tensor comes as [chunks, 128, 16], and the 128 values of a group lie 16 apart: code for a CPU then works on 16 groups at
-once, with nothing to add up across a vector. A group's origin is its minimum, in the input's dtype: one of its values,
-hence exact. Its scale is rounded up to what a bfloat16 holds, so that the largest value still has a code; beside float16,
-which code generation for the CPU does not mix with bfloat16, it is kept as a float32. What is not finite, or spans more
-than half of what a float32 can hold, makes the origin of its group NaN, and so the whole group when it comes back.
+A tensor comes as [chunks, 128, 16], and the 128 values of a group lie 16 apart: code for a CPU then works on 16 groups
+at once, with nothing to add up across a vector. A group's origin is its minimum, in the input's dtype: one of its
+values, hence exact. Its scale is rounded up to what a bfloat16 holds, so that the largest value still has a code; beside
+float16, which code generation for the CPU does not mix with bfloat16, it is kept as a float32. What is not finite, or
+spans more than half of what a float32 can hold, makes its group's origin NaN, and so the whole group when it comes back.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def dequantise8(codes: Tensor, origin: Tensor, scale: Tensor) -> Tensor:
 
 
 def quantise4(x: Tensor, seed: Tensor) -> Packed:
-    """Stochastic rounding, unbiased to 2^-18 of a level: codes are uint8 [chunks, 64, 16], those of both halves of a group.
+    """Stochastic rounding, unbiased to 2^-18 of a level, by noise from ``seed`` (int32 [1]).
 
-    ``seed``: int32 [1].
+    Codes are uint8 [chunks, 64, 16]: those of the first halves of the groups, and in the upper bits of the second ones.
     """
     values = x.float()
     low, high = _extremes(values)

@@ -18,10 +18,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from gradckpt_dist.errors import StorageError
-from gradckpt_dist.storage.operations import Operation, inner_tensors, storage_key
-
-Occurrence = tuple[Any, int]
-"""An operator, and how many considered calls of it came before in the same forward."""
+from gradckpt_dist.storage.lineage import Role
+from gradckpt_dist.storage.operations import Occurrence, Operation, inner_tensors, storage_key
 
 
 class Held(Protocol):
@@ -45,13 +43,13 @@ class Entry:
     __slots__ = (
         "_saved",
         "_spec",
-        "attended",
         "fixed",
         "leaves",
         "occurrence",
         "operation",
         "packs",
         "random_state",
+        "role",
         "seconds",
     )
 
@@ -62,10 +60,10 @@ class Entry:
         """Tensors that autograd had saved when this call had run."""
         self.leaves: list[Any] | None = None
         """The output during the forward: aliases that autograd does not know."""
-        self.attended = False
-        """Whether this is the last but cheap work before an attention operation: its queries, keys and values."""
         self.fixed = False
         """Whether it is held whatever the selection says."""
+        self.role: Role | None = None
+        """What the first tensor of the output is, as far as a lossy storage has to know."""
         self.seconds: Callable[[], float] | None = None
         self.random_state: tuple[torch.device, torch.Tensor] | None = None
         self._spec: TreeSpec | None = None
@@ -84,11 +82,11 @@ class Entry:
             if self.leaves[index].stride() != strides:
                 self.drop()
 
-    def save(self, save: Save) -> None:
+    def save(self, hold: Save) -> None:
         """End of the forward: hold the output as autograd holds a saved tensor."""
         if self.leaves is not None:
             self._saved = [
-                (save(self, position, leaf), leaf.stride()) if isinstance(leaf, torch.Tensor) else (leaf, None)
+                (hold(self, position, leaf), leaf.stride()) if isinstance(leaf, torch.Tensor) else (leaf, None)
                 for position, leaf in enumerate(self.leaves)
             ]
             self.leaves = None
@@ -145,8 +143,13 @@ class OperationCache:
             yield from line.entries
 
     @contextmanager
-    def counting(self, seen: Callable[[torch.Tensor], None] | None = None) -> Iterator[None]:
-        """Count, and show to ``seen``, what is saved inside for the hooks that are in force outside."""
+    def counting(
+        self, seen: Callable[[torch.Tensor], None] | None = None, asked: Callable[[], None] | None = None
+    ) -> Iterator[None]:
+        """Count, and show to ``seen``, what is saved inside for the hooks that are in force outside.
+
+        ``asked`` is called each time that backward asks for one of these tensors.
+        """
         top = _top_saved_tensors_default_hooks(False)
         if top is None:
             yield
@@ -159,7 +162,13 @@ class OperationCache:
                 seen(tensor)
             return pack(tensor)
 
-        with saved_tensors_hooks(count, unpack):
+        def restore(packed: Any) -> torch.Tensor:
+            if asked is not None:
+                asked()
+            tensor: torch.Tensor = unpack(packed)
+            return tensor
+
+        with saved_tensors_hooks(count, unpack if asked is None else restore):
             yield
 
     def occurrence(self, function: Any) -> Occurrence:
@@ -189,7 +198,7 @@ class OperationCache:
                 for entry, index in self._owners.pop(storage_key(tensor), ()):
                     entry.copy_leaf(index)
 
-    def seal(self, save: Save) -> None:
+    def seal(self, hold: Save) -> None:
         """End of the forward: drop what backward will not come to, hold the rest."""
         self._owners.clear()
         for line in self._lines.values():
@@ -197,7 +206,7 @@ class OperationCache:
                 # Checkpoint stops its run when it has all that was saved: what was run after that is not asked for.
                 if entry.packs < self.packs:
                     line.needed += 1
-                    entry.save(save)
+                    entry.save(hold)
                 else:
                     entry.drop()
 
@@ -239,8 +248,8 @@ class OperationCache:
                 )
 
 
-def save_exactly(entry: Entry, position: int, tensor: torch.Tensor) -> Held:
-    """Hold a tensor under the saved-tensor hooks in force, which count or move it like those that autograd saves."""
+def save(entry: Entry, position: int, tensor: torch.Tensor) -> Held:
+    """Hold a tensor under the saved-tensor hooks in force, which treat it like those that autograd saves."""
     return _make_saved_tensor(tensor, is_output=False)
 
 

@@ -45,8 +45,9 @@ def quantise(tensor: Tensor, bits: int, noise: NoiseSource) -> Quantised | None:
     """``tensor`` (float32, float16 or bfloat16, any shape) in 8 or 4 bits a value.
 
     8 bits round to nearest, which errs by half a level at most; 4 bits round stochastically, by less than a level and
-    without bias, with a seed from ``noise``. A level is (max - min) / 255 or / 15 of 128 values, and up to 1 % more. A tensor that holds a value that is not finite, or spans over 1.7e38 within a group, gives None on the
-    CPU; elsewhere finding out would wait for the device, and the whole group comes back as NaN.
+    without bias, with a seed from ``noise``. A level is (max - min) / 255 or / 15 of 128 values, and up to 1 % more. A
+    tensor that holds a value that is not finite, or spans over 1.7e38 within a group, gives None on the CPU; elsewhere
+    finding out would wait for the device, and the whole group comes back as NaN.
 
     Raises:
         StorageError: another dtype, or other ``bits``.
@@ -128,7 +129,7 @@ _dequantise4 = _Kernel(kernels.dequantise4)
 
 
 def _chunked(tensor: Tensor) -> Tensor:
-    """[chunks, 128, 16]; padding repeats the last value, which leaves the range of its group as it is or takes it in."""
+    """[chunks, 128, 16]; padding repeats the last value, so that no group's range leaves that of the tensor."""
     flat = tensor.detach().reshape(-1)
     missing = -flat.numel() % kernels.CHUNK
     if missing:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import _StopRecomputationError
 from gradckpt_dist.storage.context import StorageContext
 from gradckpt_dist.storage.half_choice import Cost, HalfChoice, HalfSelection
 from gradckpt_dist.storage.ledger import is_parameter
-from gradckpt_dist.storage.operation_cache import Entry, OperationCache, save_exactly
+from gradckpt_dist.storage.operation_cache import Entry, OperationCache, save
 from gradckpt_dist.storage.operations import inner_tensors, storage_key
 from gradckpt_dist.storage.recompute import Passes, Recompute
 from gradckpt_dist.storage.recorder import AllExpensive, Recorder, Replayer, Selection
@@ -75,7 +75,7 @@ class SelectivePasses:
     @contextmanager
     def around(self) -> Iterator[None]:
         yield
-        self._cache.seal(save_exactly)
+        self._cache.seal(save)
 
     @contextmanager
     def first(self) -> Iterator[None]:

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradckpt_dist.storage.half_choice import MAX_FRONTIER, PROFILED_CALLS, Cost, HalfChoice, choose
-from gradckpt_dist.storage.operation_cache import Occurrence
-from gradckpt_dist.storage.operations import Kind, Operation
+from gradckpt_dist.storage.operations import Kind, Occurrence, Operation
 
 COSTS = st.lists(st.tuples(st.integers(0, 30), st.floats(0, 1)), max_size=9)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from gradckpt_dist import StorageError
-from gradckpt_dist.storage.operation_cache import Entry, OperationCache, random_state, save_exactly, set_random_state
+from gradckpt_dist.storage.operation_cache import Entry, OperationCache, random_state, save, set_random_state
 from gradckpt_dist.storage.operations import Kind, Operation
 
 EXPENSIVE = Operation(kind=Kind.EXPENSIVE, local=True)
@@ -24,7 +24,7 @@ def add(cache: OperationCache, name: str, output: object = None) -> Entry:
 def sealed(cache: OperationCache) -> OperationCache:
     """After a forward that has saved something at its end."""
     cache.packs += 1
-    cache.seal(save_exactly)
+    cache.seal(save)
     cache.rewind()
     return cache
 
@@ -125,7 +125,7 @@ def test_what_comes_after_the_last_saved_tensor_is_not_held() -> None:
         add(cache, "a", torch.ones(2))
         y = x.exp() * x.sin()
         add(cache, "b", torch.ones(2))
-    cache.seal(save_exactly)
+    cache.seal(save)
     cache.rewind()
     assert cache.packs == len(seen) == 4
     assert cache.take(("a",)) is not None
