@@ -10,9 +10,8 @@ from scipy import optimize
 
 from gradckpt_dist.bench.planner_instances import KINDS, create_planner_instance
 from gradckpt_dist.policy.knapsack.feasible import smallest_peak
-from gradckpt_dist.policy.knapsack.instance import Instance, create_instance, dominated, take
+from gradckpt_dist.policy.knapsack.instance import Instance, create_instance, take
 from gradckpt_dist.policy.knapsack.relaxation import relax
-from gradckpt_dist.policy.knapsack.rounding import round_mixture
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -65,30 +64,3 @@ def test_a_choice_costs_the_bound_its_regret_and_the_slack_it_leaves(
         weight * instance.usage(choice) for weight, choice in zip(relaxed.weights, relaxed.choices, strict=True)
     )
     assert np.max(mixture) <= instance.capacity * (1 + 1e-6)
-
-
-def test_identical_blocks_share_the_mixture_and_hold_less_first() -> None:
-    instance = _instance("structured", 200, 1, lossy=False)
-    start = smallest_peak(instance)
-    assert start is not None
-    relaxed = relax(instance, start.choice)
-    rounded = round_mixture(instance, relaxed)
-    held = take(instance.held, rounded.choice)
-    assert (np.diff(held) >= 0).all()
-    mixed = sum(w * take(instance.held, c).sum() for w, c in zip(relaxed.weights, relaxed.choices, strict=True))
-    assert abs(held.sum() - mixed) <= 2 * instance.held.max()
-    assert sorted(rounded.order.tolist()) == list(range(200))
-    # The least certain blocks are those at which the option changes.
-    switches = np.flatnonzero(np.diff(rounded.choice))
-    assert min(abs(rounded.order[0] - place) for place in switches) <= 1
-
-
-def test_options_that_are_never_better_are_dominated() -> None:
-    instance = _instance("random", 30, 0, lossy=True)
-    result = dominated(instance)
-    arrays = (instance.seconds, instance.held, instance.working, instance.error)
-    for block in range(30):
-        for option in np.flatnonzero(instance.allowed[:, block]):
-            others = [o for o in np.flatnonzero(instance.allowed[:, block]) if o != option]
-            worse = any(all(array[o, block] <= array[option, block] for array in arrays) for o in others)
-            assert result[option, block] == worse
