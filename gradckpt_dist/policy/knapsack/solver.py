@@ -56,7 +56,15 @@ def solve(costs: CostTable, *, peak_bytes: int, squared_error: float) -> Solutio
 
     The peak is ``CostTable.peak_bytes_of``. Deterministic; among equal blocks those that hold less come first.
     """
-    instance = create_instance(costs, peak_bytes, squared_error)
+    solved = _solve(costs, peak_bytes, squared_error, rounded_up=False)
+    if isinstance(solved, Solution) and solved.squared_error > squared_error:
+        # Over the tolerance by a rounding error.
+        return _solve(costs, peak_bytes, squared_error, rounded_up=True)
+    return solved
+
+
+def _solve(costs: CostTable, peak_bytes: int, squared_error: float, *, rounded_up: bool) -> Solution | Infeasible:
+    instance = create_instance(costs, peak_bytes, squared_error, rounded_up=rounded_up)
     if not instance.allowed.any(axis=0).all():
         return _infeasible(costs, None)
     instance = instance.without(dominated(instance))
