@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from gradckpt_dist.cost.book import CostBook
-from gradckpt_dist.cost.shadow import ShadowCall, ShadowRun, count_tokens, output_tensors
 from gradckpt_dist.cost.clock import DeviceClock
+from gradckpt_dist.cost.shadow import ShadowCall, ShadowRun, count_tokens, output_tensors
 from gradckpt_dist.cost.trap import Gradients, Trap
 from gradckpt_dist.errors import StorageError
 from gradckpt_dist.impact import Impact

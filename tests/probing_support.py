@@ -11,8 +11,8 @@ from torch import nn
 
 from gradckpt_dist.blocks import BlockSwitch, find_blocks
 from gradckpt_dist.cost.book import CostBook, Costs
-from gradckpt_dist.cost.kind import kinds_of
 from gradckpt_dist.cost.clock import DeviceClock
+from gradckpt_dist.cost.kind import kinds_of
 from gradckpt_dist.impact import create_impact
 from gradckpt_dist.impact.expected import ExpectedErrors
 from gradckpt_dist.impact.probe import ProbeStatistics

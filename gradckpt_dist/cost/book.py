@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from gradckpt_dist.cost.clock import Mark, DeviceClock
+from gradckpt_dist.cost.clock import DeviceClock, Mark
 from gradckpt_dist.storage.ledger import Measurement
 
 SAMPLES = 15

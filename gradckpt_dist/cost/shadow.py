@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from gradckpt_dist.cost.clock import Mark, DeviceClock
+from gradckpt_dist.cost.clock import DeviceClock, Mark
 from gradckpt_dist.cost.trap import Gradients
 from gradckpt_dist.storage import Forward, Storage
 from gradckpt_dist.storage.buffers import BufferGuard

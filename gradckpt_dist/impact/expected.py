@@ -23,16 +23,17 @@ class ExpectedErrors:
 
         err^2(i, s) = (own(i, s) q_i + passed(i, s) sum_{j < i} q_j) / sum_j q_j
 
-    with q_j the squared norm of block j's gradient: what block i hands down, relatively wrong by ``passed``, is taken
-    to make the gradients of all earlier blocks wrong by as much. Errors of several blocks add up, being independent.
-    Parameters outside of blocks are left out, of the errors and of the whole.
+    with q_j the squared norm of the gradient of block j, or of what stands before all blocks or after: what block i
+    hands down, relatively wrong by ``passed``, is taken to make all earlier gradients wrong by as much. Errors of
+    several blocks add up, being independent. Where ``GradientWeights`` finds no gradients, q comes from the probes, and
+    what is outside of blocks is left out, which makes errors look larger.
 
-    The metrics differ in where ``own`` and q come from, of which x_i is the gathered squared norm of the gradient at
-    block i's output and z_i its signal (``InfluenceImpact``), so that z_i / x_i is its coherence:
+    The metrics differ in where ``own`` comes from; x_i is the gathered squared norm of the gradient at block i's output
+    and z_i its signal (``InfluenceImpact``):
 
-    ``probe``      own as last probed there, times coherence then over coherence now; q likewise, by z now over z then
-    ``influence``  own = e^2(kind, s) x_i / z_i with e^2 the mean over the kind's probes; q = a(kind) z_i
-    ``norm``       own = c^2(kind, s) from the kind's probes, q = x_i, nothing passed: c_s^2 times the share of I_i^2
+    ``probe``      as last probed there
+    ``influence``  e^2(kind, s) x_i / z_i, with e^2 the mean over the kind's probes, as is ``passed``
+    ``norm``       c^2(kind, s) from the kind's probes; q is x_i, and nothing is passed: c_s^2 times the share of I_i^2
 
     A block that was not probed yet takes the largest value of its kind; a kind that was not, infinity.
     """
@@ -43,10 +44,13 @@ class ExpectedErrors:
         self._kinds = np.array(kinds)
         self.dropped_probes = 0
         self._gradients = _Means(blocks, 2)
+        self._weights = _Means(1, blocks + 2)
         self._errors = [_Means(blocks, 3) for _ in lossy]
 
-    def update(self, sums: Sequence[float]) -> None:
-        """Fold in a window as ``ProbeStatistics.take_window`` gives it, summed over ranks."""
+    def update(self, sums: Sequence[float], weights: Sequence[float] = ()) -> None:
+        """Fold in a window as ``ProbeStatistics`` and ``GradientWeights`` give it, summed over ranks."""
+        if weights:
+            self._weights.update(np.array(weights[-1:]), np.array(weights[:-1])[None])
         *rows, dropped = sums
         self.dropped_probes += int(dropped) if math.isfinite(dropped) and dropped > 0 else 0
         table = np.array(rows, dtype=np.float64).reshape(len(self._kinds), block_fields(len(self.lossy)))
@@ -73,17 +77,24 @@ class ExpectedErrors:
         if metric == "norm":
             own = np.stack([self._of_kind(errors.values[:, 0], np.nanmean) for errors in self._errors], axis=1)
             return _infinite_where_unknown(own * (squares / squares.sum())[:, None])
-        incoherence = np.divide(squares, signal, out=np.zeros(blocks), where=signal > 0)
         by_kind = metric == "influence"
-        gain = self._carried(self._gradients.values[:, 1], by_kind)
-        weights = gain * signal
-        earlier = np.concatenate(([0.0], np.cumsum(weights)[:-1]))
-        columns = [
-            self._carried(errors.values[:, 1], by_kind) * incoherence * weights
-            + self._carried(errors.values[:, 2], by_kind) * earlier
-            for errors in self._errors
-        ]
-        return _infinite_where_unknown(np.stack(columns, axis=1) / weights.sum())
+        weights = self._shares(signal, by_kind)
+        earlier = np.cumsum(weights)[:-2]
+        incoherence = np.divide(squares, signal, out=np.ones(blocks), where=signal > 0)
+        columns = []
+        for errors in self._errors:
+            own = self._carried(errors.values[:, 1], True) * incoherence
+            own = own if by_kind else self._carried(errors.values[:, 0], False)
+            columns.append(own * weights[1:-1] + self._carried(errors.values[:, 2], by_kind) * earlier)
+        return _infinite_where_unknown(np.stack(columns, axis=1))
+
+    def _shares(self, signal: Array, by_kind: bool) -> Array:
+        """Of the whole gradient's squared norm: before all blocks, by block, after; the sum is 1."""
+        weights = self._weights.values[0]
+        if self._weights.updates[0]:
+            return weights / weights.sum()
+        own = self._carried(self._gradients.values[:, 1], by_kind) * signal
+        return np.concatenate(([0.0], own, [0.0])) / own.sum()
 
     def _carried(self, column: Array, by_kind: bool) -> Array:
         """By block: the mean of its kind, or its own value, or else the largest of its kind; NaN if there is none."""
