@@ -64,7 +64,7 @@ class Instance:
 def create_instance(costs: CostTable, peak_bytes: int, squared_error: float) -> Instance:
     """All options that serve their block and stay within the tolerance on their own."""
     return Instance(
-        seconds=np.where(costs.squared_error.T <= squared_error, costs.extra_seconds.T, np.inf),
+        seconds=np.where(squared_error >= costs.squared_error.T, costs.extra_seconds.T, np.inf),
         held=np.ascontiguousarray(costs.held_bytes.T),
         working=np.ascontiguousarray(costs.working_set_bytes.T),
         error=_units(costs.squared_error.T, squared_error),
