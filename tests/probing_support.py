@@ -107,10 +107,15 @@ class Probed:
 
     def agree(self) -> list[float]:
         """Fold this window in, as one rank would; the impact's running values."""
-        *values, count, _ = self.impact.take_window().tolist()
-        self.expected.update(self.statistics.take_window().tolist())
+        values, sums = self.take()
+        self.expected.update(sums)
         self.costs.update(self.book.take_maxima())
-        return [value / count for value in values]
+        return values
+
+    def take(self) -> tuple[list[float], list[float]]:
+        """The impact's running values, and the sums of the probes."""
+        *values, count, _ = self.impact.take_window().tolist()
+        return [value / count for value in values], self.statistics.take_window().tolist()
 
     def undo(self) -> None:
         for handle in self._handles:

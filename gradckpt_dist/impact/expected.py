@@ -51,8 +51,9 @@ class ExpectedErrors:
 
     def update(self, sums: Sequence[float], weights: Sequence[float] = ()) -> None:
         """Fold in a window as ``ProbeStatistics`` and ``GradientWeights`` give it, summed over ranks."""
-        if weights:
-            self._weights.update(np.array(weights[-1:]), np.array(weights[:-1])[None])
+        if weights and all(map(math.isfinite, weights)) and sum(weights[:-1]) > 0:
+            *squares, steps = weights
+            self._weights.update(np.array([steps]), steps * _shared_out(np.array([squares])))
         *rows, dropped = sums
         self.dropped_probes += int(dropped) if math.isfinite(dropped) and dropped > 0 else 0
         table = np.array(rows, dtype=np.float64).reshape(len(self._kinds), block_fields(len(self.lossy)))

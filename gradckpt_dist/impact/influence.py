@@ -75,7 +75,7 @@ def first_order(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
     coherence = torch.where(signal > 0, signal / values[0], one)
     if len(values) < InfluenceImpact.fields:
         return signal, coherence, one
-    return signal, coherence, torch.where(values[2] > 0, values[2] / values[3], one)
+    return signal, coherence, torch.where(values[3] > 0, values[2] / values[3], one)
 
 
 class _Passage:

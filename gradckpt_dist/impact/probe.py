@@ -67,7 +67,7 @@ class ProbeStatistics:
         row = [one, weight, weight / signal]
         for name in self.lossy:
             own, passed = errors
-            found = [one, own, passed, own * coherence, passed / branch]
+            found = [one, own, passed, own * coherence, _ratio(passed, branch)]
             row += found if name == storage else [torch.zeros_like(one)] * len(found)
         return torch.stack(row)
 

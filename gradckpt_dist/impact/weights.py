@@ -15,9 +15,11 @@ class GradientWeights:
     """Gathers ||G_j||^2 on the device, after backward in sampled steps, before the gradients are set to zero.
 
     Places are: parameters registered before those of all blocks (embeddings), each block, and the other parameters
-    (the head). A parameter used in two places counts in the first. Sharded gradients add up over ranks; of distributed
-    tensors, each rank counts its part of what is replicated. Each step's sum is divided out, so that a loss scale and
-    clipping cancel. Where no gradient is found (ZeRO holds them elsewhere), a step teaches nothing.
+    (the head). A parameter used in two places counts in the first; FSDP1's flat parameter of what is outside of blocks
+    counts before them, to which errors are passed. Sharded gradients add up over ranks; of distributed
+    tensors, each rank counts its part of what is replicated. Each step is divided by ``Impact.step_scale``, as a loss
+    scale cancels so, and ranks that hold different shards stay comparable. Where no gradient is found (ZeRO holds them
+    elsewhere), a step teaches nothing.
     """
 
     def __init__(self, root: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> None:
@@ -27,20 +29,20 @@ class GradientWeights:
         self._window = torch.zeros(len(blocks) + 3, dtype=dtype, device=device)
 
     @torch.no_grad()
-    def gather(self) -> None:
-        """Look at the gradients as they are now, once in a step."""
+    def gather(self, scale: torch.Tensor) -> None:
+        """Look at the gradients as they are now, once in a step, whose ``Impact.step_scale`` this is."""
         squares = torch.zeros(len(self._blocks) + 2, dtype=self._window.dtype, device=self._window.device)
         for place, parameters in enumerate(self._places()):
             for parameter in parameters:
                 if parameter.grad is not None:
                     squares[place] += _own_square(parameter.grad, squares)
-        total = squares.sum()
+        total = squares.sum() / scale
         usable = torch.isfinite(total) & (total > 0)
-        self._window[:-1] += torch.where(usable, squares / total, 0.0)
+        self._window[:-1] += torch.where(usable, squares / scale, 0.0)
         self._window[-1] += usable
 
     def take_window(self) -> torch.Tensor:
-        """Float64 [blocks + 3]: sums of shares over steps (before, blocks, after), steps counted; then start anew."""
+        """Float64 [blocks + 3]: sums over steps (before, by block, after), steps counted; then start anew."""
         window = self._window.clone()
         self._window.zero_()
         return window
