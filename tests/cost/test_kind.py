@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from frameworks import Model, wrap
-from support import run_distributed_test
 from torch import nn
 
-from gradckpt_dist.blocks import find_blocks
 from gradckpt_dist.cost.kind import kinds_of
 
 
@@ -29,13 +26,3 @@ def test_a_compiled_block_is_of_another_kind() -> None:
     blocks = [nn.Linear(4, 4), nn.Linear(4, 4)]
     blocks[1].compile()
     assert kinds_of(blocks) == (0, 1)
-
-
-def _check_sharded() -> None:
-    for framework in ("fsdp1", "fsdp1_flat", "fsdp2"):
-        kinds = kinds_of([block.module for block in find_blocks(wrap(Model(), framework))])
-        assert kinds[0] == kinds[2] == kinds[5] == 0, (framework, kinds)
-
-
-def test_sharding_does_not_count() -> None:
-    run_distributed_test(_check_sharded, 2)

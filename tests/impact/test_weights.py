@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from frameworks import Model, wrap
 from models import backward, batch, build
 from probing_support import CPU
-from support import run_distributed_test
 from torch import nn
 
-from gradckpt_dist.blocks import find_blocks
 from gradckpt_dist.impact.weights import GradientWeights
 
 
@@ -41,25 +38,3 @@ def test_steps_without_usable_gradients_teach_nothing() -> None:
         weights.gather(torch.tensor(1.0))
     weights.gather(torch.tensor(float("nan")))
     assert weights.take_window().tolist() == [0.0] * 7
-
-
-def _check_sharded() -> None:
-    shares = {}
-    for framework in ("ddp", "fsdp1", "fsdp1_flat", "fsdp2"):
-        torch.manual_seed(0)
-        model = wrap(Model().eval(), framework)
-        weights = GradientWeights(model, [block.module for block in find_blocks(model)], CPU)
-        model(torch.linspace(-1, 1, 256).view(8, 32)).square().mean().backward()
-        weights.gather(torch.tensor(1.0))
-        window = weights.take_window()
-        torch.distributed.all_reduce(window)
-        before, *blocks, after = (window[:-1] / window[:-1].sum()).tolist()
-        assert (before == 0) != (framework == "fsdp1_flat")
-        shares[framework] = torch.tensor([*blocks, before + after])
-    assert shares["ddp"][0] > 0.01
-    for framework, share in shares.items():
-        torch.testing.assert_close(share, shares["ddp"], rtol=1e-3, atol=1e-6, msg=framework)
-
-
-def test_sharded_gradients_add_up() -> None:
-    run_distributed_test(_check_sharded, 2)
