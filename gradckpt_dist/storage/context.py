@@ -7,11 +7,16 @@ from dataclasses import dataclass, field
 
 from gradckpt_dist.storage.half_choice import HalfChoice
 from gradckpt_dist.storage.lane import OffloadLane
+from gradckpt_dist.storage.noise import NoiseSource
 
 
 @dataclass
 class StorageContext:
-    """``lane``: where offloading blocks meet. ``half_choices``: what ``selective_half`` holds, by kind of block."""
+    """``lane``: where offloading blocks meet; ``noise``: where lossy ones get their seeds.
+
+    ``half_choices``: what ``selective_half`` holds, by kind of block.
+    """
 
     lane: OffloadLane = field(default_factory=OffloadLane)
+    noise: NoiseSource = field(default_factory=NoiseSource)
     half_choices: dict[Hashable, HalfChoice] = field(default_factory=dict)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from gradckpt_dist.storage.operation_cache import Occurrence
-from gradckpt_dist.storage.operations import Kind, Operation
+from gradckpt_dist.storage.operations import Kind, Occurrence, Operation
 
 PROFILED_CALLS = 3
 MAX_FRONTIER = 1024

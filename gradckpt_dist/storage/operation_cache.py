@@ -10,19 +10,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch._C._autograd import SavedTensor, _make_saved_tensor, _top_saved_tensors_default_hooks
+from torch._C._autograd import _make_saved_tensor, _top_saved_tensors_default_hooks
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from gradckpt_dist.errors import StorageError
-from gradckpt_dist.storage.operations import Operation, inner_tensors, storage_key
+from gradckpt_dist.storage.lineage import Role
+from gradckpt_dist.storage.operations import Occurrence, Operation, inner_tensors, storage_key
 
-Occurrence = tuple[Any, int]
-"""An operator, and how many considered calls of it came before in the same forward."""
-Save = Callable[[torch.Tensor, "Entry"], SavedTensor]
+
+class Held(Protocol):
+    """A tensor that is held, such as ``SavedTensor``."""
+
+    def unpack(self) -> torch.Tensor:
+        """The tensor again.
+
+        Raises:
+            RuntimeError: it was changed in place since.
+        """
+
+
+Save = Callable[["Entry", int, torch.Tensor], Held]
+"""Holds one tensor of an entry's output, which is at the given position."""
 
 
 class Entry:
@@ -31,13 +43,13 @@ class Entry:
     __slots__ = (
         "_saved",
         "_spec",
-        "attended",
         "fixed",
         "leaves",
         "occurrence",
         "operation",
         "packs",
         "random_state",
+        "role",
         "seconds",
     )
 
@@ -48,10 +60,10 @@ class Entry:
         """Tensors that autograd had saved when this call had run."""
         self.leaves: list[Any] | None = None
         """The output during the forward: aliases that autograd does not know."""
-        self.attended = False
-        """Whether this is the last but cheap work before an attention operation: its queries, keys and values."""
         self.fixed = False
         """Whether it is held whatever the selection says."""
+        self.role: Role | None = None
+        """What the first tensor of the output is, as far as a lossy storage has to know."""
         self.seconds: Callable[[], float] | None = None
         self.random_state: tuple[torch.device, torch.Tensor] | None = None
         self._spec: TreeSpec | None = None
@@ -70,12 +82,12 @@ class Entry:
             if self.leaves[index].stride() != strides:
                 self.drop()
 
-    def save(self, save: Save) -> None:
+    def save(self, hold: Save) -> None:
         """End of the forward: hold the output as autograd holds a saved tensor."""
         if self.leaves is not None:
             self._saved = [
-                (save(leaf, self), leaf.stride()) if isinstance(leaf, torch.Tensor) else (leaf, None)
-                for leaf in self.leaves
+                (hold(self, position, leaf), leaf.stride()) if isinstance(leaf, torch.Tensor) else (leaf, None)
+                for position, leaf in enumerate(self.leaves)
             ]
             self.leaves = None
 
@@ -85,15 +97,14 @@ class Entry:
         self._saved = None
         if saved is None:
             return None
-        leaves = []
-        for held, stride in saved:
-            try:
-                leaf = held.unpack() if isinstance(held, SavedTensor) else held
-            except RuntimeError:  # written to after the forward
-                return None
-            if stride is not None and leaf.stride() != stride:  # the caller's own hooks have moved it
-                return None
-            leaves.append(leaf)
+        try:
+            with torch.no_grad():
+                leaves = [held if stride is None else held.unpack() for held, stride in saved]
+        except RuntimeError:  # written to after the forward
+            return None
+        # The caller's own hooks may have changed a layout.
+        if any(stride is not None and leaf.stride() != stride for leaf, (_, stride) in zip(leaves, saved, strict=True)):
+            return None
         if self.random_state is not None:
             set_random_state(*self.random_state)
         return (leaves[0] if spec is None else tree_unflatten(leaves, spec),)
@@ -132,8 +143,13 @@ class OperationCache:
             yield from line.entries
 
     @contextmanager
-    def counting(self, seen: Callable[[torch.Tensor], None] | None = None) -> Iterator[None]:
-        """Count, and show to ``seen``, what is saved inside for the hooks that are in force outside."""
+    def counting(
+        self, seen: Callable[[torch.Tensor], None] | None = None, asked: Callable[[], None] | None = None
+    ) -> Iterator[None]:
+        """Count, and show to ``seen``, what is saved inside for the hooks that are in force outside.
+
+        ``asked`` is called each time that backward asks for one of these tensors.
+        """
         top = _top_saved_tensors_default_hooks(False)
         if top is None:
             yield
@@ -146,7 +162,13 @@ class OperationCache:
                 seen(tensor)
             return pack(tensor)
 
-        with saved_tensors_hooks(count, unpack):
+        def restore(packed: Any) -> torch.Tensor:
+            if asked is not None:
+                asked()
+            tensor: torch.Tensor = unpack(packed)
+            return tensor
+
+        with saved_tensors_hooks(count, unpack if asked is None else restore):
             yield
 
     def occurrence(self, function: Any) -> Occurrence:
@@ -176,7 +198,7 @@ class OperationCache:
                 for entry, index in self._owners.pop(storage_key(tensor), ()):
                     entry.copy_leaf(index)
 
-    def seal(self, save: Save) -> None:
+    def seal(self, hold: Save) -> None:
         """End of the forward: drop what backward will not come to, hold the rest."""
         self._owners.clear()
         for line in self._lines.values():
@@ -184,7 +206,7 @@ class OperationCache:
                 # Checkpoint stops its run when it has all that was saved: what was run after that is not asked for.
                 if entry.packs < self.packs:
                     line.needed += 1
-                    entry.save(save)
+                    entry.save(hold)
                 else:
                     entry.drop()
 
@@ -226,8 +248,8 @@ class OperationCache:
                 )
 
 
-def save_exactly(tensor: torch.Tensor, entry: Entry) -> SavedTensor:
-    """Hold a tensor under the saved-tensor hooks in force, which count or move it like those that autograd saves."""
+def save(entry: Entry, position: int, tensor: torch.Tensor) -> Held:
+    """Hold a tensor under the saved-tensor hooks in force, which treat it like those that autograd saves."""
     return _make_saved_tensor(tensor, is_output=False)
 
 

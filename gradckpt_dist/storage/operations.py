@@ -31,6 +31,9 @@ _FUNCTIONAL_COLLECTIVES = ("_c10d_functional", "_c10d_functional_autograd", "c10
 _NOT_HELD_COLLECTIVES = re.compile(r"wait_tensor|_wrap_tensor\w*|all_gather\w*")
 _PLAIN = (int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
+Occurrence = tuple[Any, int]
+"""An operator, and how many considered calls of it came before in the same forward."""
+
 
 class Kind(Enum):
     """How an operation is treated when its block is run again."""

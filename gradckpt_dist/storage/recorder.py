@@ -6,8 +6,8 @@ from typing import Any, Protocol
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradckpt_dist.storage.operation_cache import Entry, Occurrence, OperationCache, random_state
-from gradckpt_dist.storage.operations import Kind, Operation, describe, differentiable, signature, written
+from gradckpt_dist.storage.operation_cache import Entry, OperationCache, random_state
+from gradckpt_dist.storage.operations import Kind, Occurrence, Operation, describe, differentiable, signature, written
 from gradckpt_dist.storage.stopwatch import Stopwatch
 
 _ALWAYS_HELD = (Kind.COMMUNICATION, Kind.ROUTING)
@@ -60,7 +60,6 @@ class Recorder(_Mode):  # type: ignore[no-untyped-call]
     def __init__(self, cache: OperationCache, selection: Selection, stopwatch: Stopwatch | None = None) -> None:
         super().__init__(cache, selection)
         self._stopwatch = stopwatch
-        self._since_attention: list[Entry] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         operation = describe(func)
@@ -77,12 +76,13 @@ class Recorder(_Mode):  # type: ignore[no-untyped-call]
             output = func(*args, **kwargs)
         else:
             output, seconds = self._stopwatch.time(func, args, kwargs)
-        self._note(func, operation, is_fixed(operation, types), args, kwargs, output).seconds = seconds
+        self.note(func, operation, is_fixed(operation, types), args, kwargs, output).seconds = seconds
         return output
 
-    def _note(
+    def note(
         self, function: Any, operation: Operation, fixed: bool, args: tuple[Any, ...], kwargs: Any, output: Any
     ) -> Entry:
+        """Enter a call that has just run into the cache."""
         cache = self._cache
         occurrence = cache.occurrence(function)
         entry = cache.add(signature(function, args, kwargs), operation, occurrence)
@@ -91,12 +91,6 @@ class Recorder(_Mode):  # type: ignore[no-untyped-call]
             cache.hold(entry, output)
             if operation.draws(args, kwargs):
                 entry.random_state = random_state(args)
-        if operation.attends:
-            for earlier in self._since_attention:
-                earlier.attended = True
-            self._since_attention.clear()
-        elif operation.kind is Kind.EXPENSIVE:
-            self._since_attention.append(entry)
         return entry
 
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import _StopRecomputationError
 from gradckpt_dist.storage.context import StorageContext
 from gradckpt_dist.storage.half_choice import Cost, HalfChoice, HalfSelection
 from gradckpt_dist.storage.ledger import is_parameter
-from gradckpt_dist.storage.operation_cache import Entry, OperationCache, save_exactly
+from gradckpt_dist.storage.operation_cache import Entry, OperationCache, save
 from gradckpt_dist.storage.operations import inner_tensors, storage_key
 from gradckpt_dist.storage.recompute import Passes, Recompute
 from gradckpt_dist.storage.recorder import AllExpensive, Recorder, Replayer, Selection
@@ -34,10 +34,6 @@ class Selective(Recompute):
 
     def _passes(self, inputs: tuple[Any, ...]) -> Passes:
         return SelectivePasses(self, AllExpensive())
-
-    def save(self, tensor: torch.Tensor, entry: Entry) -> Any:
-        """Hold one output; called when the block's forward has ended."""
-        return save_exactly(tensor, entry)
 
 
 class SelectiveHalf(Selective):
@@ -77,12 +73,14 @@ class SelectivePasses:
         self._cache = OperationCache()
 
     @contextmanager
+    def around(self) -> Iterator[None]:
+        yield
+        self._cache.seal(save)
+
+    @contextmanager
     def first(self) -> Iterator[None]:
         with self._cache.counting(), Recorder(self._cache, self._selection):
             yield
-
-    def finish(self) -> None:
-        self._cache.seal(self._storage.save)
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -112,11 +110,17 @@ class _ProfiledPasses(SelectivePasses):
         self._kept_bytes: dict[StorageWeakRef, int] = {}
 
     @contextmanager
+    def around(self) -> Iterator[None]:
+        with super().around():
+            yield
+            self._choose()
+
+    @contextmanager
     def first(self) -> Iterator[None]:
         with self._cache.counting(self._see), Recorder(self._cache, self._selection, self._stopwatch):
             yield
 
-    def finish(self) -> None:
+    def _choose(self) -> None:
         needed = [entry for entry in self._cache.entries() if entry.packs < self._cache.packs]
         held = self._input_bytes | _storage_bytes([entry.leaves for entry in needed if entry.fixed])
         limit_bytes = sum(self._kept_bytes.values()) // 2 - sum(held.values())
@@ -128,7 +132,6 @@ class _ProfiledPasses(SelectivePasses):
         for entry in open_to_choice:
             if entry.occurrence not in chosen:
                 entry.drop()
-        super().finish()
 
     def _see(self, tensor: torch.Tensor) -> None:
         if not is_parameter(tensor):
