@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gradckpt_dist.bench.overhead import bench_overhead
+from gradckpt_dist.bench.planner import bench_planner
 from gradckpt_dist.bench.record import write
 from gradckpt_dist.bench.storage import bench_storage
 
@@ -27,6 +28,7 @@ class Bench(Protocol):
 
 BENCHES: dict[str, tuple[Bench, str]] = {
     "overhead": (bench_overhead, "the plugin's own cost, against a pinned mask"),
+    "planner": (bench_planner, "the budget policy's optimiser: seconds, and the gap to the optimum"),
     "storage": (bench_storage, "bytes, seconds and gradient error of every storage, against keep"),
 }
 

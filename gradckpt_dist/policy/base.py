@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from gradckpt_dist.cost import CostTable, Limits
 from gradckpt_dist.mask import Mask
 
 
@@ -15,12 +16,17 @@ class Evidence:
     """What all ranks know at a decision.
 
     ``impacts`` is empty before the first sample. ``stored_bytes`` maps a storage to its bytes held, one number per
-    block (the most over ranks); it holds ``keep`` and ``recompute`` once they were measured.
+    block (the most over ranks); it holds ``keep`` and ``recompute`` once they were measured. ``costs`` and ``limits``
+    are None before they were measured, or where the policy needs none. ``headroom_bytes`` is the limit less the peak
+    that was measured under the current mask, the least over ranks; negative where the limit was exceeded.
     """
 
     current: Mask
     impacts: tuple[float, ...]
     stored_bytes: dict[str, tuple[int, ...]]
+    costs: CostTable | None = None
+    limits: Limits | None = None
+    headroom_bytes: int | None = None
 
     def bytes_of(self, storages: Sequence[str]) -> int | None:
         """Predicted bytes held by the blocks under these storages; None before they were measured.

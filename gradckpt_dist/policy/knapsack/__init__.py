@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from gradckpt_dist.policy.knapsack.solver import GAP, Infeasible, Solution, solve
+from gradckpt_dist.policy.knapsack.search import GAP
+from gradckpt_dist.policy.knapsack.solver import Infeasible, Solution, solve
 
 __all__ = ["GAP", "Infeasible", "Solution", "solve"]

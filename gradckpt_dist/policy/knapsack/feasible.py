@@ -54,7 +54,8 @@ def smallest_peak(instance: Instance) -> SmallestPeak | None:
 def _peak_choice(instance: Instance, peaks: Ints) -> Choice:
     held = np.where(instance.allowed, instance.held, _NEVER)
     total = held + np.maximum(instance.working, peaks[1:])
-    return np.argmin(total, axis=0)
+    choice: Choice = np.argmin(total, axis=0)
+    return choice
 
 
 def _traded(instance: Instance) -> SmallestPeak | None:

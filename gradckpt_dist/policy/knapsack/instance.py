@@ -22,8 +22,8 @@ TOLERANCE_UNITS = 2**40
 class Instance:
     """Arrays [storages, blocks]; ``seconds`` is infinite where an option is not allowed or cannot be in a best plan.
 
-    ``capacity`` is in bytes for the blocks alone. ``error`` is squared, in units of 2**-40 of the limit and rounded up,
-    so that sums are exact and the same in any order.
+    ``capacity`` is in bytes for the blocks alone. ``error`` is squared, in whole units of 2**-40 of the limit, so that
+    sums are exact and the same in any order.
     """
 
     seconds: Floats
@@ -35,7 +35,7 @@ class Instance:
 
     @property
     def blocks(self) -> int:
-        return self.seconds.shape[1]
+        return int(self.seconds.shape[1])
 
     @property
     def allowed(self) -> Bools:
@@ -43,7 +43,8 @@ class Instance:
 
     def usage(self, choice: Choice) -> Ints:
         """Bytes in the backward of each block, [blocks]; each at most ``capacity`` in a plan that fits."""
-        return np.cumsum(take(self.held, choice)) + take(self.working, choice)
+        usage: Ints = np.cumsum(take(self.held, choice)) + take(self.working, choice)
+        return usage
 
     def without(self, excluded: Bools) -> Instance:
         """The same with fewer options."""
@@ -61,23 +62,21 @@ class Instance:
         return int(self.usage(choice).max()) <= self.capacity and int(take(self.error, choice).sum()) <= self.tolerance
 
 
-def create_instance(costs: CostTable, peak_bytes: int, squared_error: float) -> Instance:
-    """All options that serve their block and stay within the tolerance on their own."""
+def create_instance(costs: CostTable, peak_bytes: int, squared_error: float, *, rounded_up: bool) -> Instance:
+    """All options that serve their block and stay within the tolerance on their own.
+
+    With errors rounded up, what fits here keeps to the tolerance. Rounded down, what keeps to the tolerance fits here.
+    """
+    shares = np.zeros(costs.squared_error.T.shape)
+    if squared_error > 0:
+        shares = np.minimum(costs.squared_error.T / squared_error, 2.0) * TOLERANCE_UNITS
     return Instance(
         seconds=np.where(squared_error >= costs.squared_error.T, costs.extra_seconds.T, np.inf),
         held=np.ascontiguousarray(costs.held_bytes.T),
         working=np.ascontiguousarray(costs.working_set_bytes.T),
-        error=_units(costs.squared_error.T, squared_error),
+        error=(np.floor(shares) + (rounded_up & (shares > 0))).astype(np.int64),
         capacity=peak_bytes - costs.fixed_bytes,
     )
-
-
-def _units(error: Floats, limit: float) -> Ints:
-    if limit == 0:
-        return np.zeros(error.shape, dtype=np.int64)
-    unit = limit / TOLERANCE_UNITS
-    units = np.ceil(np.minimum(error / limit, 2.0) * TOLERANCE_UNITS)
-    return (units + (units * unit < np.minimum(error, 2 * limit))).astype(np.int64)
 
 
 def take(array: NDArray[Any], choice: Choice) -> NDArray[Any]:

@@ -18,14 +18,19 @@ from gradckpt_dist.policy.knapsack.relaxation import Relaxation
 
 _ERROR_LEVELS = 24
 _NEVER = 2**60
+_STEP_WORK = 400
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Found:
-    """``choice`` is None if no better one was found. No plan with these given options is below ``bound`` seconds."""
+    """``choice`` is None if no better one was found. No plan with these given options is below ``bound`` seconds.
+
+    ``work`` is in proportion to the time taken, whatever the machine: partial plans looked at, and so many a block.
+    """
 
     choice: Choice | None
     bound: float
+    work: int
 
 
 class LabelSearch:
@@ -51,16 +56,17 @@ class LabelSearch:
     def run(self, below: float) -> Found:
         """The best plan of fewer than ``below`` seconds."""
         labels = _Labels.start(self._stretches, self._relaxation.bound)
-        dropped = np.inf
+        dropped, work = np.inf, 0
         steps: list[tuple[Ints, Ints]] = []
         for t in range(len(self._free)):
             labels = self._expanded(labels, t)
+            work += _STEP_WORK + len(labels.held)
             kept = self._kept(labels, t, below)
             if len(kept) > self._width:
                 kept, rest = self._widest(labels, t, kept)
                 dropped = min(dropped, float(labels.bound[rest].min()))
             if not len(kept):
-                return Found(choice=None, bound=min(dropped, below))
+                return Found(choice=None, bound=min(dropped, below), work=work)
             labels = labels.only(kept)
             steps.append((labels.option, labels.parent))
         best = int(np.argmin(labels.seconds))
@@ -68,7 +74,7 @@ class LabelSearch:
         label = best
         for i, (options, parents) in zip(self._free[::-1], reversed(steps), strict=True):
             choice[i], label = options[label], parents[label]
-        return Found(choice=choice, bound=min(dropped, float(labels.seconds[best])))
+        return Found(choice=choice, bound=min(dropped, float(labels.seconds[best])), work=work)
 
     def _expanded(self, labels: _Labels, t: int) -> _Labels:
         """Every label with every option of block t, on to the end of the stretch behind it."""
@@ -190,19 +196,21 @@ class _Labels:
 def _course(given: Ints, end: int) -> Floats:
     """What the given plan has taken by each free block, led to the limit in even steps."""
     taken = np.cumsum(given)
-    return taken + np.linspace(0, 1, len(taken) + 1)[1:] * (end - taken[-1])
+    course: Floats = taken + np.linspace(0, 1, len(taken) + 1)[1:] * (end - taken[-1])
+    return course
 
 
 def _not_dominated(held: Ints, error: Ints, seconds: Floats) -> Ints:
-    """Labels without those that another is never worse than; with errors, not all of those are found."""
-    order = np.lexsort((seconds, error, held))
+    """Labels without those that another is never worse than; where errors differ, not all of those are found."""
+    if not len(held):
+        return np.zeros(0, dtype=np.int64)
+    order = np.lexsort((seconds, held))
     error, seconds = error[order], seconds[order]
-    if not error.any():
-        best = np.minimum.accumulate(seconds)
-        return order[np.concatenate([[True], seconds[1:] < best[:-1]])[: len(order)]]
-    levels = np.unique(np.quantile(error, np.linspace(0, 1, _ERROR_LEVELS), method="lower"))
+    ascending = np.sort(error)
+    levels = ascending[np.linspace(0, len(error) - 1, min(_ERROR_LEVELS, len(error))).astype(np.int64)]
+    levels = levels[:1] if levels[0] == levels[-1] else levels
     best = np.minimum.accumulate(np.where(error[:, None] <= levels, seconds[:, None], np.inf), axis=0)
-    own = np.searchsorted(levels, error, side="right") - 1
-    rows = np.arange(1, len(order))
-    keeps = np.concatenate([[True], seconds[1:] < best[rows - 1, own[1:]]])
-    return order[keeps[: len(order)]]
+    own = np.searchsorted(levels, error[1:], side="right") - 1
+    keeps = seconds[1:] < best[np.arange(len(own)), own]
+    kept: Ints = order[np.concatenate([[True], keeps])]
+    return kept

@@ -58,5 +58,6 @@ class Master:
         """The best mixture, [choices added]."""
         weights = np.zeros(len(self._costs))
         weights[self._basis] = np.linalg.solve(self._matrix[:, self._basis], self._target)
-        mixture = np.maximum(weights[self._rows :], 0.0)
-        return mixture / mixture.sum()
+        mixture: Floats = np.maximum(weights[self._rows :], 0.0)
+        mixture /= mixture.sum()
+        return mixture

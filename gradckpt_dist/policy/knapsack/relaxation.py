@@ -57,8 +57,8 @@ class _Generation:
 
     def __init__(self, instance: Instance, start: Choice) -> None:
         self._instance = instance
-        self._held = instance.held / instance.capacity
-        self._working = instance.working / instance.capacity
+        self._held = instance.held / max(instance.capacity, 1)
+        self._working = instance.working / max(instance.capacity, 1)
         self._error = instance.error / max(instance.tolerance, 1)
         self._has_error = bool((instance.error * instance.allowed).any())
         self._choices: list[Choice] = []
@@ -127,7 +127,7 @@ class _Generation:
         priced = self._priced(self._best_prices)
         mixed: Bools = weights > _EXCEEDED
         return Relaxation(
-            peak_prices=self._best_prices[:-1] / instance.capacity,
+            peak_prices=self._best_prices[:-1] / max(instance.capacity, 1),
             error_price=float(self._best_prices[-1]) / max(instance.tolerance, 1),
             bound=self._best_bound,
             regret=priced - priced.min(axis=0),

@@ -20,7 +20,7 @@ class Rounded:
 
 
 def round_mixture(instance: Instance, relaxation: Relaxation) -> Rounded:
-    """Blocks on which all mixed choices agree have their option. The others are grouped by what the choices say of them.
+    """Blocks on which all mixed choices agree have their option; the others are grouped by what the choices give them.
 
     In a group, such as identical blocks at a tie, each option gets its share of blocks. The options that hold least go
     to the earliest blocks: what late blocks hold is free again when early ones are in backward.
@@ -46,12 +46,13 @@ def round_mixture(instance: Instance, relaxation: Relaxation) -> Rounded:
 def _second_best(regret: Floats) -> Floats:
     if len(regret) == 1:
         return np.full(regret.shape[1], np.inf)
-    return np.partition(regret, 1, axis=0)[1]
+    second: Floats = np.partition(regret, 1, axis=0)[1]
+    return second
 
 
 def _codes(choices: Choice, options: int) -> Ints:
     """One number for each column of [mixed, blocks]; equal only for equal columns."""
-    codes = choices[0].copy()
+    codes: Ints = choices[0].copy()
     for row in choices[1:]:
         codes = np.unique(codes * options + row, return_inverse=True)[1].astype(np.int64)
     return codes

@@ -13,20 +13,11 @@ from gradckpt_dist.policy.knapsack.instance import (
     TOLERANCE_UNITS,
     Bools,
     Instance,
-    Ints,
     create_instance,
     dominated,
-    take,
 )
-from gradckpt_dist.policy.knapsack.labels import LabelSearch
-from gradckpt_dist.policy.knapsack.relaxation import Relaxation, relax
-from gradckpt_dist.policy.knapsack.rounding import round_mixture
-
-GAP = 2e-4
-"""Relative distance to the optimum at which the search ends."""
-
-_FIRST = (32, 96)  # blocks left free and labels kept, in the search that fills what rounding left
-_SECOND = (72, 1024)  # in the search that closes the gap
+from gradckpt_dist.policy.knapsack.relaxation import relax
+from gradckpt_dist.policy.knapsack.search import search
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,7 +56,15 @@ def solve(costs: CostTable, *, peak_bytes: int, squared_error: float) -> Solutio
 
     The peak is ``CostTable.peak_bytes_of``. Deterministic; among equal blocks those that hold less come first.
     """
-    instance = create_instance(costs, peak_bytes, squared_error)
+    solved = _solve(costs, peak_bytes, squared_error, rounded_up=False)
+    if isinstance(solved, Solution) and solved.squared_error > squared_error:
+        # Over the tolerance by a rounding error.
+        return _solve(costs, peak_bytes, squared_error, rounded_up=True)
+    return solved
+
+
+def _solve(costs: CostTable, peak_bytes: int, squared_error: float, *, rounded_up: bool) -> Solution | Infeasible:
+    instance = create_instance(costs, peak_bytes, squared_error, rounded_up=rounded_up)
     if not instance.allowed.any(axis=0).all():
         return _infeasible(costs, None)
     instance = instance.without(dominated(instance))
@@ -74,7 +73,7 @@ def solve(costs: CostTable, *, peak_bytes: int, squared_error: float) -> Solutio
         return _infeasible(costs, start)
     instance = instance.without(_never_fits(instance))
     relaxation = relax(instance, start.choice)
-    choice, bound = _search(instance, relaxation, start.choice)
+    choice, bound = search(instance, relaxation, start.choice)
     return Solution(
         choice=choice,
         extra_seconds=costs.seconds_of(choice),
@@ -112,47 +111,5 @@ def _never_fits(instance: Instance) -> Bools:
     error = np.where(instance.allowed, instance.error, np.iinfo(np.int64).max).min(axis=0)
     before = np.cumsum(held) - held
     peak = before + instance.held + np.maximum(instance.working, suffix_peaks(instance)[1:])
-    return (peak > instance.capacity) | (instance.error - error > instance.tolerance - error.sum())
-
-
-def _search(instance: Instance, relaxation: Relaxation, start: Choice) -> tuple[Choice, float]:
-    """The best choice found, and a bound on any."""
-    rounded = round_mixture(instance, relaxation)
-    best = rounded.choice if instance.fits(rounded.choice) else start
-    best = min(best, start, key=lambda choice: _seconds(instance, choice))
-    blocks, width = _FIRST
-    search = LabelSearch(
-        instance,
-        relaxation,
-        given=rounded.choice,
-        free=np.sort(rounded.order[:blocks]),
-        tried=instance.allowed,
-        width=width,
-    )
-    found = search.run(_seconds(instance, best))
-    best = best if found.choice is None else found.choice
-    return _closed(instance, relaxation, best, rounded.order)
-
-
-def _closed(instance: Instance, relaxation: Relaxation, best: Choice, order: Ints) -> tuple[Choice, float]:
-    """Search among the options that the gap leaves open; if these are not too many, what is found is the optimum."""
-    seconds, bound = _seconds(instance, best), relaxation.bound
-    below = seconds - GAP / 2 * abs(seconds)
-    if bound >= below - GAP / 2 * abs(seconds):
-        return best, bound
-    tried = instance.allowed & (relaxation.regret < below - bound)
-    open_blocks = tried.sum(axis=0) > 1
-    blocks, width = _SECOND
-    free = order[open_blocks[order]]
-    given = np.where(open_blocks, best, np.argmin(relaxation.regret, axis=0))
-    if not len(free):
-        free = order[:1]
-    search = LabelSearch(instance, relaxation, given=given, free=np.sort(free[:blocks]), tried=tried, width=width)
-    found = search.run(below)
-    if len(free) <= blocks:
-        bound = max(bound, found.bound)
-    return (best if found.choice is None else found.choice), bound
-
-
-def _seconds(instance: Instance, choice: Choice) -> float:
-    return float(take(instance.seconds, choice).sum())
+    excluded: Bools = (peak > instance.capacity) | (instance.error - error > instance.tolerance - error.sum())
+    return excluded
