@@ -26,16 +26,15 @@ class GradientWeights:
         self._root = root
         self._blocks = list(blocks)
         dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._places: list[list[nn.Parameter]] = []
         self._window = torch.zeros(len(blocks) + 3, dtype=dtype, device=device)
 
     @torch.no_grad()
     def gather(self, scale: torch.Tensor) -> None:
         """Look at the gradients as they are now, once in a step, whose ``Impact.step_scale`` this is."""
-        squares = torch.zeros(len(self._blocks) + 2, dtype=self._window.dtype, device=self._window.device)
-        for place, parameters in enumerate(self._places()):
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    squares[place] += _own_square(parameter.grad, squares)
+        if not self._places:
+            self._places = self._find_places()
+        squares = torch.stack([self._squares(parameters) for parameters in self._places])
         total = squares.sum() / scale
         usable = torch.isfinite(total) & (total > 0)
         self._window[:-1] += torch.where(usable, squares / scale, 0.0)
@@ -45,9 +44,23 @@ class GradientWeights:
         """Float64 [blocks + 3]: sums over steps (before, by block, after), steps counted; then start anew."""
         window = self._window.clone()
         self._window.zero_()
+        self._places = []
         return window
 
-    def _places(self) -> list[list[nn.Parameter]]:
+    def _squares(self, parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        whole = [grad for grad in gradients if type(grad) is torch.Tensor]
+        total = torch.zeros((), dtype=self._window.dtype, device=self._window.device)
+        for grad in gradients:
+            if type(grad) is not torch.Tensor:
+                total += _own_square(grad, total)
+        if whole:
+            precision = torch.promote_types(whole[0].dtype, torch.float32)
+            norms = torch._foreach_norm(whole, dtype=precision)
+            total += torch.stack([norm.to(total.device, total.dtype) for norm in norms]).square().sum()
+        return total
+
+    def _find_places(self) -> list[list[nn.Parameter]]:
         of_blocks = [list(block.parameters()) for block in self._blocks]
         owned = {id(parameter) for parameters in of_blocks for parameter in parameters}
         before: list[nn.Parameter] = []
