@@ -25,13 +25,15 @@ logger = logging.getLogger("gradckpt_dist")
 
 
 CALIBRATION_VISITS = 2
+WARM_UPS = 3
+"""Runs of a storage before it is timed: ``selective_half`` profiles as many calls until it has settled."""
 SHARE = 0.005
 """Of the seconds of all steps, what probes may take once each kind of block was seen."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeTurn:
-    """What is probed in one sampled step: the same on all ranks, as a block's forward may hold collectives.
+    """What is probed of one block in a sampled step: the same on all ranks, as its forward may hold collectives.
 
     ``keep`` always runs, first; then ``storages`` in their order; all of them ``rounds`` times, for their seconds.
     """
@@ -43,10 +45,10 @@ class ProbeTurn:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeSchedule:
-    """Which turn each sampled step has; a function of its number alone, so that all ranks have the same.
+    """Which turns each sampled step has; a function of its number alone, so that all ranks have the same.
 
-    First, the first block of each kind under all ``storages``, twice. Then a lossy storage on one block after another,
-    exact ones now and then, at the rate that ``SHARE`` allows: a step is taken to last at least as long as its blocks,
+    First, the first block of each kind under all ``storages``, twice. Then one storage on one block after another,
+    lossy ones more often, at the rate that ``SHARE`` allows: a step is taken to last at least as long as its blocks,
     hence ``blocks`` runs of one. ``samples`` are the sampled steps of an interval.
     """
 
@@ -56,21 +58,20 @@ class ProbeSchedule:
     interval: int
     samples: int
 
-    def turn(self, number: int) -> ProbeTurn | None:
-        """The turn of the sampled step of this number, counted from 0; None where nothing is probed."""
+    def turns(self, number: int) -> tuple[ProbeTurn, ...]:
+        """The turns of the sampled step of this number, counted from 0; often none."""
         firsts = [self.kinds.index(kind) for kind in range(max(self.kinds) + 1)]
-        calibration = len(firsts) * CALIBRATION_VISITS
-        if number < calibration:
-            return ProbeTurn(block=firsts[number % len(firsts)], storages=self.storages, rounds=2)
-        turns_per_sample = SHARE * len(self.kinds) * self.interval / self.samples / 2
-        item = int(turns_per_sample * (number - calibration))
-        if int(turns_per_sample * (number - calibration + 1)) == item:
-            return None
-        together = max(1, int(2 * turns_per_sample) - 1)
+        number -= len(firsts) * CALIBRATION_VISITS
+        if number < 0:
+            return (ProbeTurn(block=firsts[number % len(firsts)], storages=self.storages, rounds=2),)
+        items_per_sample = SHARE * len(self.kinds) * self.interval / self.samples / 2
+        first, last = int(items_per_sample * number), int(items_per_sample * (number + 1))
+        return tuple(map(self._item, range(first, min(last, first + len(self.kinds)))))
+
+    def _item(self, item: int) -> ProbeTurn:
         sweep, block = divmod(item, len(self.kinds))
         cycle = self._cycle()
-        chosen = {cycle[(sweep * together + i) % len(cycle)] for i in range(together)}
-        return ProbeTurn(block=block, storages=tuple(name for name in self.storages if name in chosen))
+        return ProbeTurn(block=block, storages=(cycle[sweep % len(cycle)],))
 
     def _cycle(self) -> list[str]:
         lossy = [name for name in self.storages if name in self.lossy]
@@ -79,7 +80,7 @@ class ProbeSchedule:
 
 
 class Prober:
-    """Carries out a turn: waits in the true forward of its block, and acts in its backward.
+    """Carries out turns: waits in the true forward of each turn's block, and acts in its backward.
 
     Only the first call of the block in the step is probed. A storage meets a kind of block for the first time in a run
     that counts bytes, so that it has compiled and allocated what it needs before it is timed.
@@ -98,20 +99,20 @@ class Prober:
         self._statistics = statistics
         self._clock = clock
         self._context = StorageContext() if context is None else replace(context, lane=OffloadLane())
-        self._turn: ProbeTurn | None = None
-        self._trap: Trap | None = None
+        self._turns: dict[int, ProbeTurn] = {}
+        self._traps: list[Trap] = []
         self._stopped: set[int] = set()
         self.probes = 0
 
-    def begin(self, turn: ProbeTurn | None) -> None:
-        """Start a sampled step with this turn."""
-        self._turn = turn
+    def begin(self, turns: Sequence[ProbeTurn]) -> None:
+        """Start a sampled step with these turns, of as many blocks."""
+        self._turns = {turn.block: turn for turn in turns}
 
     def end(self, impact: Impact) -> None:
         """Close the sampled step, before ``impact`` does."""
-        if self._trap is not None:
-            self._trap.disarm()
-        self._trap = self._turn = None
+        for trap in self._traps:
+            trap.disarm()
+        self._traps, self._turns = [], {}
         self._book.end_step()
         self._statistics.end_step(impact.step_scale(), impact.step_values())
 
@@ -121,7 +122,7 @@ class Prober:
 
     def reruns(self, index: int) -> bool:
         """Whether the coming call of this block will be run again."""
-        return self._turn is not None and self._turn.block == index and index not in self._stopped
+        return index in self._turns and index not in self._stopped
 
     def before(self, index: int, forward: Forward, args: Any, kwargs: Any) -> ShadowCall | None:
         """A call of the block at ``index`` begins; give the result to ``after``."""
@@ -136,13 +137,11 @@ class Prober:
             return None
         return ShadowCall(self._blocks[index], forward, args, kwargs)
 
-    def after(self, call: ShadowCall | None, output: Any) -> None:
+    def after(self, index: int, call: ShadowCall | None, output: Any) -> None:
         """The call has returned ``output``."""
-        turn, self._turn = self._turn, None if call is not None else self._turn
-        if call is None or turn is None:
-            return
-        outputs = output_tensors(output)
-        self._trap = Trap(outputs, lambda gradients: self._probe(turn, call, gradients))
+        if call is not None:
+            turn = self._turns.pop(index)
+            self._traps.append(Trap(output_tensors(output), lambda gradients: self._probe(turn, call, gradients)))
 
     def _probe(self, turn: ProbeTurn, call: ShadowCall, gradients: Gradients) -> None:
         if not call.intact:
@@ -165,7 +164,8 @@ class Prober:
             if self._book.knows(turn.block, name, call.tokens) or not Ledger.available():
                 continue
             try:
-                run = self._run(turn.block, name, call, upstream, Ledger(1))
+                for _ in range(WARM_UPS):
+                    run = self._run(turn.block, name, call, upstream, Ledger(1))
             except StorageError as error:
                 logger.warning("gradckpt: %s", error)
                 self._book.refuse(turn.block, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from gradckpt_dist.impact import Impact
@@ -18,11 +19,11 @@ class Sampler:
         self._prober = prober
         self._ledger: Ledger | None = None
 
-    def begin(self, *, measured: bool, turn: ProbeTurn | None = None) -> None:
+    def begin(self, *, measured: bool, turns: Sequence[ProbeTurn] = ()) -> None:
         """Start a sampled step; ``measured`` counts bytes too, where saved-tensor hooks are allowed."""
         self._ledger = Ledger(self._impact.blocks) if measured and Ledger.available() else None
         if self._prober is not None:
-            self._prober.begin(turn)
+            self._prober.begin(turns)
 
     def begin_forward(self) -> None:
         if self._ledger is not None:
@@ -53,6 +54,6 @@ class Sampler:
         else:
             output = self._ledger.run(index, storage, forward, args, kwargs)
         if self._prober is not None:
-            self._prober.after(call, output)
+            self._prober.after(index, call, output)
         self._impact.watch(index, output, (args, kwargs))
         return output

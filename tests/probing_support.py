@@ -61,22 +61,28 @@ class Probed:
     """A model whose blocks are switched; every forward between ``begin`` and ``end`` is of a sampled step."""
 
     def __init__(
-        self, model: nn.Module, storages: Sequence[str], lossy: Sequence[str] = (), metric: str = "probe"
+        self,
+        model: nn.Module,
+        storages: Sequence[str],
+        lossy: Sequence[str] = (),
+        metric: str = "probe",
+        blocks: Sequence[str] = (),
     ) -> None:
-        blocks = find_blocks(model)
-        modules = [block.module for block in blocks]
+        self.model = model
+        found = find_blocks(model, blocks)
+        modules = [block.module for block in found]
         self.lossy, self.storages = tuple(lossy), tuple(storages)
         self.kinds = kinds_of(modules)
         self.gate = Gate()
         self.runtimes = [BlockRuntime(i, module, self.gate, 0) for i, module in enumerate(modules)]
-        self.switches = [BlockSwitch(block, run) for block, run in zip(blocks, self.runtimes, strict=True)]
+        self.switches = [BlockSwitch(block, run) for block, run in zip(found, self.runtimes, strict=True)]
         for switch in self.switches:
             switch.install()
         clock = DeviceClock(CPU)
-        self.impact = create_impact(metric, len(blocks), CPU)
+        self.impact = create_impact(metric, len(found), CPU)
         self.book = CostBook(self.kinds, storages, clock)
         self.costs = Costs(self.kinds, storages)
-        self.statistics = ProbeStatistics(len(blocks), self.lossy, CPU)
+        self.statistics = ProbeStatistics(len(found), self.lossy, CPU)
         self.expected = ExpectedErrors(self.kinds, self.lossy)
         self.prober = Prober(modules, self.book, self.statistics, clock)
         self.sampler = Sampler(self.impact, self.prober)
@@ -92,7 +98,7 @@ class Probed:
 
     def begin(self, block: int, *storages: str, rounds: int = 1, measured: bool = False) -> None:
         turn = ProbeTurn(block=block, storages=storages or self.storages, rounds=rounds)
-        self.sampler.begin(measured=measured, turn=turn)
+        self.sampler.begin(measured=measured, turns=[turn])
         self.gate.watch = self.sampler
 
     def end(self) -> Any:
@@ -101,10 +107,15 @@ class Probed:
 
     def agree(self) -> list[float]:
         """Fold this window in, as one rank would; the impact's running values."""
-        *values, count, _ = self.impact.take_window().tolist()
-        self.expected.update(self.statistics.take_window().tolist())
+        values, sums = self.take()
+        self.expected.update(sums)
         self.costs.update(self.book.take_maxima())
-        return [value / count for value in values]
+        return values
+
+    def take(self) -> tuple[list[float], list[float]]:
+        """The impact's running values, and the sums of the probes."""
+        *values, count, _ = self.impact.take_window().tolist()
+        return [value / count for value in values], self.statistics.take_window().tolist()
 
     def undo(self) -> None:
         for handle in self._handles:

@@ -222,14 +222,14 @@ def _set_random_states(states: list[tuple[Any, Any]]) -> None:
 
 
 def _autocast_settings(tensors: Sequence[torch.Tensor]) -> list[dict[str, Any]]:
-    """What to enter again. Without the cache of casts, which would hold on to them."""
+    """What to enter again; torch.compile guards on all of it."""
     types = ["cpu", *sorted({device.type for device in _accelerators(tensors)})]
     return [
         {
             "device_type": kind,
             "enabled": torch.is_autocast_enabled(kind),
             "dtype": torch.get_autocast_dtype(kind),
-            "cache_enabled": False,
+            "cache_enabled": torch.is_autocast_cache_enabled(),
         }
         for kind in types
         if torch.amp.is_autocast_available(kind)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from gradckpt_dist.impact.influence import first_order
 from gradckpt_dist.impact.probe import block_fields
 
 Array = NDArray[np.float64]
@@ -24,16 +26,16 @@ class ExpectedErrors:
 
         err^2(i, s) = (own(i, s) q_i + passed(i, s) sum_{j < i} q_j) / sum_j q_j
 
-    with q_j the squared norm of block j's gradient: what block i hands down, relatively wrong by ``passed``, is taken
-    to make the gradients of all earlier blocks wrong by as much. Errors of several blocks add up, being independent.
-    Parameters outside of blocks are left out, of the errors and of the whole.
+    with q_j the squared norm of the gradient of block j, or of what stands before all blocks or after: what block i
+    hands down, relatively wrong by ``passed``, is taken to make all earlier gradients wrong by as much. Errors of
+    several blocks add up, being independent. Where ``GradientWeights`` finds no gradients, q comes from the probes, and
+    what is outside of blocks is left out, which makes errors look larger.
 
-    The metrics differ in where ``own`` and q come from, of which x_i is the gathered squared norm of the gradient at
-    block i's output and z_i its signal (``InfluenceImpact``), so that z_i / x_i is its coherence:
+    The metrics differ in where ``own`` comes from and ``passed`` come from:
 
-    ``probe``      own as last probed there, times coherence then over coherence now; q likewise, by z now over z then
-    ``influence``  own = e^2(kind, s) x_i / z_i with e^2 the mean over the kind's probes; q = a(kind) z_i
-    ``norm``       own = c^2(kind, s) from the kind's probes, q = x_i, nothing passed: c_s^2 times the share of I_i^2
+    ``probe``      as last probed there, times the growth since then of the mean over the kind's last probes
+    ``influence``  first order: e^2(kind, s) / c_i, and f^2(kind, s) b_i passed; e^2 and f^2 from the kind's probes
+    ``norm``       c^2(kind, s) from the kind's probes; q is I_i^2, and nothing is passed: c_s^2 times its share
 
     A block that was not probed yet takes the largest value of its kind; a kind that was not, infinity.
     """
@@ -44,29 +46,43 @@ class ExpectedErrors:
         self._kinds = np.array(kinds)
         self.dropped_probes = 0
         self._gradients = _Means(blocks, 2)
-        self._errors = [_Means(blocks, 3) for _ in lossy]
+        self._weights = _Means(1, blocks + 2)
+        self._errors = [_Means(blocks, 4) for _ in lossy]
+        self._levels = [np.full((blocks, 4), math.nan) for _ in lossy]
 
-    def update(self, sums: Sequence[float]) -> None:
-        """Fold in a window as ``ProbeStatistics.take_window`` gives it, summed over ranks."""
+    def update(self, sums: Sequence[float], weights: Sequence[float] = ()) -> None:
+        """Fold in a window as ``ProbeStatistics`` and ``GradientWeights`` give it, summed over ranks."""
+        if weights and all(map(math.isfinite, weights)) and sum(weights[:-1]) > 0:
+            *squares, steps = weights
+            self._weights.update(np.array([steps]), steps * _shared_out(np.array([squares])))
         *rows, dropped = sums
         self.dropped_probes += int(dropped) if math.isfinite(dropped) and dropped > 0 else 0
         table = np.array(rows, dtype=np.float64).reshape(len(self._kinds), block_fields(len(self.lossy)))
         self._gradients.update(table[:, 0], table[:, 1:3])
         for number, errors in enumerate(self._errors):
-            start = 3 + 4 * number
-            errors.update(table[:, start], table[:, start + 1 : start + 4])
+            start = 3 + 5 * number
+            updated = errors.update(table[:, start], table[:, start + 1 : start + 5])
+            self._levels[number][updated] = self._level(errors)[updated]
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
         means = {name: errors.plain() for name, errors in zip(self.lossy, self._errors, strict=True)}
-        return {"gradients": self._gradients.plain(), "errors": means, "dropped_probes": self.dropped_probes}
+        return {
+            "gradients": self._gradients.plain(),
+            "weights": self._weights.plain(),
+            "errors": means,
+            "levels": {name: level.tolist() for name, level in zip(self.lossy, self._levels, strict=True)},
+            "dropped_probes": self.dropped_probes,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state_dict``; a storage that it does not have is probed anew."""
         self._gradients.restore(state["gradients"])
-        for name, errors in zip(self.lossy, self._errors, strict=True):
+        self._weights.restore(state["weights"])
+        for number, name in enumerate(self.lossy):
             if name in state["errors"]:
-                errors.restore(state["errors"][name])
+                self._errors[number].restore(state["errors"][name])
+                self._levels[number] = np.array(state["levels"][name], dtype=np.float64)
         self.dropped_probes = state["dropped_probes"]
 
     def probes(self) -> NDArray[np.int64]:
@@ -83,35 +99,58 @@ class ExpectedErrors:
         gathered = np.array(values, dtype=np.float64).reshape(-1, blocks)
         if not gathered.size or not self.lossy:
             return np.full((blocks, len(self.lossy)), math.inf)
-        squares, signal = gathered[0], gathered[-1]
         if metric == "norm":
-            own = np.stack([self._of_kind(errors.values[:, 0], np.nanmean) for errors in self._errors], axis=1)
-            return _infinite_where_unknown(own * (squares / squares.sum())[:, None])
-        incoherence = np.divide(squares, signal, out=np.zeros(blocks), where=signal > 0)
-        by_kind = metric == "influence"
-        gain = self._carried(self._gradients.values[:, 1], by_kind)
-        weights = gain * signal
-        earlier = np.concatenate(([0.0], np.cumsum(weights)[:-1]))
-        columns = [
-            self._carried(errors.values[:, 1], by_kind) * incoherence * weights
-            + self._carried(errors.values[:, 2], by_kind) * earlier
-            for errors in self._errors
-        ]
-        return _infinite_where_unknown(np.stack(columns, axis=1) / weights.sum())
+            share = gathered[0] / gathered[0].sum()
+            columns = [self._mean_of_kind(errors.values[:, 0]) * share for errors in self._errors]
+            return _infinite_where_unknown(np.stack(columns, axis=1))
+        signal, coherence, branch = (part.numpy() for part in first_order(torch.from_numpy(gathered)))
+        weights = self._shares(signal, metric == "influence")
+        earlier = np.cumsum(weights)[:-2]
+        columns = []
+        for errors, level in zip(self._errors, self._levels, strict=True):
+            own, passed, e_squared, f_squared = errors.values.T
+            if metric == "influence":
+                own, passed = self._mean_of_kind(e_squared) / coherence, self._mean_of_kind(f_squared) * branch
+            else:
+                own, passed, *_ = (
+                    self._most_of_kind(column) for column in (errors.values * self._growth(errors, level)).T
+                )
+            columns.append(own * weights[1:-1] + passed * earlier)
+        return _infinite_where_unknown(np.stack(columns, axis=1))
 
-    def _carried(self, column: Array, by_kind: bool) -> Array:
-        """By block: the mean of its kind, or its own value, or else the largest of its kind; NaN if there is none."""
-        if by_kind:
-            return self._of_kind(column, np.nanmean)
-        return np.where(np.isnan(column), self._of_kind(column, np.nanmax), column)
+    def _shares(self, signal: Array, by_kind: bool) -> Array:
+        """Of the whole gradient's squared norm: before all blocks, by block, after; the sum is 1."""
+        if self._weights.updates[0]:
+            weights: Array = self._weights.values[0]
+            return _shared_out(weights)
+        gain = self._gradients.values[:, 1]
+        own = (self._mean_of_kind(gain) if by_kind else self._most_of_kind(gain)) * signal
+        return _shared_out(np.concatenate(([0.0], own, [0.0])))
 
-    def _of_kind(self, column: Array, summary: object) -> Array:
+    def _level(self, errors: _Means) -> Array:
+        """[blocks, fields]: the mean of what was last measured on the blocks of the kind."""
+        return np.stack([self._mean_of_kind(column) for column in errors.values.T], axis=1)
+
+    def _growth(self, errors: _Means, then: Array) -> Array:
+        """[blocks, fields]: how much the kind's level has risen since the block's last probe, at least 1."""
+        now = self._level(errors)
+        return np.maximum(1.0, np.divide(now, then, out=np.ones_like(now), where=then > 0))
+
+    def _mean_of_kind(self, column: Array) -> Array:
+        """[blocks]: over the probed blocks of the kind; NaN where there is none."""
+        return self._of_kind(column, lambda known: float(known.mean()))
+
+    def _most_of_kind(self, column: Array) -> Array:
+        """[blocks]: the block's own number, or before its first probe the largest of its kind; NaN if there is none."""
+        return np.where(np.isnan(column), self._of_kind(column, lambda known: float(known.max())), column)
+
+    def _of_kind(self, column: Array, summary: Callable[[Array], float]) -> Array:
         result = np.full(len(column), math.nan)
         for kind in np.unique(self._kinds):
             members = self._kinds == kind
             known = column[members & ~np.isnan(column)]
             if known.size:
-                result[members] = known.max() if summary is np.nanmax else known.mean()
+                result[members] = summary(known)
         return result
 
 
@@ -122,13 +161,15 @@ class _Means:
         self.values: Array = np.full((blocks, fields), math.nan)
         self.updates: NDArray[np.int64] = np.zeros(blocks, dtype=np.int64)
 
-    def update(self, counts: Array, sums: Array) -> None:
+    def update(self, counts: Array, sums: Array) -> NDArray[np.int64]:
+        """Fold in sums [blocks, fields] over as many samples; the blocks that had any."""
         sound = (counts >= 1) & np.isfinite(counts) & np.isfinite(sums).all(axis=1) & (sums >= 0).all(axis=1)
         for block in np.flatnonzero(sound):
             self.updates[block] += 1
             weight = 1 / min(int(self.updates[block]), MEMORY)
             old = self.values[block] if self.updates[block] > 1 else 0.0
             self.values[block] = (1 - weight) * old + weight * sums[block] / counts[block]
+        return np.flatnonzero(sound)
 
     def plain(self) -> list[list[float | None]]:
         """By block: the updates, then the values, None for what is not known."""
@@ -140,6 +181,11 @@ class _Means:
         for block, (count, *values) in enumerate(rows):
             self.updates[block] = count or 0
             self.values[block] = [math.nan if value is None else value for value in values]
+
+
+def _shared_out(weights: Array) -> Array:
+    shares: Array = weights / weights.sum()
+    return shares
 
 
 def _infinite_where_unknown(errors: Array) -> Array:

@@ -1,4 +1,4 @@
-"""``influence``: how much of a block's gradient is left after the sum over tokens, which errors do not share in."""
+"""``influence``: what first-order theory says of a block's errors, from the gradients at its output and its input."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SKETCH_WIDTH = 32
 
 
 class InfluenceImpact(NormImpact):
-    """Gathers, beside the norm, the strength of the signal in the gradient of a block's weights.
+    """Gathers, beside the norm, by block: the signal in its weights' gradient, and how much it changes the gradient.
 
     The gradient of a weight is a sum over tokens t, G = sum_t g_t x_t^T, g_t being the gradient at its output and x_t
     what was stored. Stored with an error d_t, it becomes G + sum_t g_t d_t^T. Rounding errors of different tokens are
@@ -22,15 +22,20 @@ class InfluenceImpact(NormImpact):
         E ||sum_t g_t d_t^T||^2 = sum_t ||g_t||^2 E ||d_t||^2 = e^2 sum_t ||g_t||^2 ||x_t||^2,
 
     e being the storage's relative error (ActNN, Chen et al. 2021, bounds the variance of compressed training alike).
-    The signal ||G||^2 shrinks where the tokens' gradients cancel, the error does not: relative to the gradient it is
-    e^2 / c, with the coherence c = ||sum_t g_t x_t^T||^2 / sum_t ||g_t||^2 ||x_t||^2. For a block, g is the gradient
-    at its output and x its input, each token scaled to norm 1; e is found by probes, once per kind of block.
+    Relative to the gradient it is e^2 / c, with c = ||sum_t g_t x_t^T||^2 / sum_t ||g_t||^2 ||x_t||^2: large where
+    tokens agree, about 1 where they cancel. For a block, g is the gradient at its output and x its input, each token
+    scaled to norm 1.
 
-    x is projected to 32 random directions in forward (Johnson-Lindenstrauss), so that little is held for it.
+    In a residual block the gradient passes unharmed along the skip connection. Only what the block adds, g_in - g_out,
+    is made from stored tensors: the relative squared error of g_in is f^2 b with b = ||g_in - g_out||^2 / ||g_in||^2.
+
+    e and f are found by probes, once per kind of block. x is projected to 32 random directions in forward
+    (Johnson-Lindenstrauss), so that little is held for it; g_out is held while the block is in backward.
     """
 
     name = "influence"
-    fields = 2
+    fields = 4
+    """Squared norm of g_out; signal; squared norms of g_in - g_out, and of g_in."""
 
     def __init__(self, blocks: int, device: torch.device) -> None:
         super().__init__(blocks, device)
@@ -41,10 +46,12 @@ class InfluenceImpact(NormImpact):
         # Of distributed tensors only norms are taken.
         tensors = [leaf for leaf in tree_leaves(inputs) if type(leaf) is torch.Tensor and leaf.is_floating_point()]
         for leaf in watched_tensors(output):
-            alike = (tensor for tensor in tensors if tensor.shape[:-1] == leaf.shape[:-1] and leaf.dim() > 1)
+            alike = (tensor for tensor in tensors if tensor.shape == leaf.shape and leaf.dim() > 1)
             source = next(alike, None)
-            sketch = None if source is None else self._sketch(source)
-            leaf.register_hook(_AddSignal(self._step[1, index], sketch))  # type: ignore[no-untyped-call]
+            passage = _Passage(self._step[1:, index], None if source is None else self._sketch(source))
+            leaf.register_hook(passage.leave)  # type: ignore[no-untyped-call]
+            if source is not None and source.requires_grad and source is not leaf:
+                source.register_hook(passage.arrive)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def _sketch(self, source: torch.Tensor) -> torch.Tensor:
@@ -61,20 +68,40 @@ class InfluenceImpact(NormImpact):
         return self._projections[key]
 
 
-class _AddSignal:
-    """Adds ||sum_t g_t s_t^T||^2 into one cell; without a sketch, ||g||^2, as if all tokens agreed."""
+def first_order(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Signal, c and b of ``InfluenceImpact``, from its gathered values [fields, ...]; c and b are 1 where unknown."""
+    signal = values[min(1, len(values) - 1)]
+    one = torch.ones_like(signal)
+    coherence = torch.where(signal > 0, signal / values[0], one)
+    if len(values) < InfluenceImpact.fields:
+        return signal, coherence, one
+    return signal, coherence, torch.where(values[3] > 0, values[2] / values[3], one)
 
-    __slots__ = ("_cell", "_sketch")
 
-    def __init__(self, cell: torch.Tensor, sketch: torch.Tensor | None) -> None:
-        self._cell = cell
+class _Passage:
+    """One call of a block, passed by the gradient from its output to its input."""
+
+    __slots__ = ("_cells", "_grad", "_sketch")
+
+    def __init__(self, cells: torch.Tensor, sketch: torch.Tensor | None) -> None:
+        self._cells = cells
         self._sketch = sketch
+        self._grad: torch.Tensor | None = None
 
     @torch.no_grad()
-    def __call__(self, grad: torch.Tensor) -> None:
-        if self._sketch is None or type(grad) is not torch.Tensor:
-            self._cell.add_(square(grad, self._cell))
-            return
+    def leave(self, grad: torch.Tensor) -> None:
+        """At the output. Without a sketch, the signal is ||g||^2."""
         sketch, self._sketch = self._sketch, None
-        signal = grad.flatten(0, -2).mT.to(sketch.dtype) @ sketch
-        self._cell.add_(square(signal, self._cell))
+        if sketch is None or type(grad) is not torch.Tensor:
+            self._cells[0].add_(square(grad, self._cells))
+            return
+        self._cells[0].add_(square(grad.flatten(0, -2).mT.to(sketch.dtype) @ sketch, self._cells))
+        self._grad = grad
+
+    @torch.no_grad()
+    def arrive(self, grad: torch.Tensor) -> None:
+        """At the input."""
+        behind, self._grad = self._grad, None
+        if behind is not None and type(grad) is torch.Tensor:
+            self._cells[1].add_(square(grad - behind, self._cells))
+            self._cells[2].add_(square(grad, self._cells))

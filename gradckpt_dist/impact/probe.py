@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from gradckpt_dist.impact.influence import InfluenceImpact
+from gradckpt_dist.impact.influence import InfluenceImpact, first_order
 from gradckpt_dist.impact.norm import square
 
 Gradients = tuple[Sequence[torch.Tensor | None], Sequence[torch.Tensor | None]]
@@ -54,7 +54,7 @@ class ProbeStatistics:
         self._step = []
 
     def take_window(self) -> torch.Tensor:
-        """Float64 [blocks x (3 + 4 x lossy) + 1]: sums by block, and probes dropped; then start anew."""
+        """Float64 [blocks x (3 + 5 x lossy) + 1]: sums by block, and probes dropped; then start anew."""
         window = self._window.clone()
         self._window.zero_()
         return window
@@ -63,18 +63,18 @@ class ProbeStatistics:
         self, index: int, storage: str, weight: torch.Tensor, values: torch.Tensor, errors: torch.Tensor
     ) -> torch.Tensor:
         one = torch.ones_like(weight)
-        signal, coherence = values[-1, index], values[-1, index] / values[0, index]
+        signal, coherence, branch = first_order(values[:, index])
         row = [one, weight, weight / signal]
         for name in self.lossy:
             own, passed = errors
-            found = [one, own, own * coherence, passed]
-            row += found if name == storage else [torch.zeros_like(one)] * 4
+            found = [one, own, passed, own * coherence, _ratio(passed, branch)]
+            row += found if name == storage else [torch.zeros_like(one)] * len(found)
         return torch.stack(row)
 
 
 def block_fields(lossy: int) -> int:
     """Numbers per block in a window: probes, gradient, gradient / signal; by storage, see ``ProbeStatistics._row``."""
-    return 3 + 4 * lossy
+    return 3 + 5 * lossy
 
 
 def _squares(tensors: Sequence[torch.Tensor | None], like: torch.Tensor) -> torch.Tensor:

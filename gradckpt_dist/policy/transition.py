@@ -24,7 +24,7 @@ class ChangeRules:
     interval: int
     hysteresis: float = 0.05
     seconds_per_change: float = 0.0
-    relaxed_share: float = 0.25
+    relaxed_share: float = 0.5
 
 
 def next_choice(

@@ -30,8 +30,8 @@ class Role(Enum):
 class Lineage(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Entered around a block's forward; afterwards says what the storages made or given there are.
 
-    A storage that no operation in there has made is unknown, and so is no activation: a weight that autocast's cache has
-    kept from another block, a table that is an attribute of a module.
+    A storage that no operation in there has made is unknown, and so no activation: a weight that the cache of autocast
+    has kept from another block, a table that is an attribute of a module.
     """
 
     supports_higher_order_operators = True

@@ -10,9 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from frameworks import FRAMEWORKS, Model, assert_bitwise, local, without_sync, wrap
-from probing_support import Probed, coarse_storage
+from probing_support import CPU, Probed, coarse_storage
 from support import run_distributed_test
 from text_model import GPT
+
+from gradckpt_dist.blocks import find_blocks
+from gradckpt_dist.cost.kind import kinds_of
+from gradckpt_dist.impact.weights import GradientWeights
 
 STORAGES = ("keep", "recompute", "offload", "compress4")
 
@@ -78,7 +82,33 @@ def _check(framework: str) -> None:
             assert_bitwise(_train(framework, probed=True, **arguments), _train(framework, probed=False, **arguments))
 
 
+def _check_shares_of_sharded_gradients() -> None:
+    shares = {}
+    for framework in ("ddp", "fsdp1", "fsdp1_flat", "fsdp2"):
+        torch.manual_seed(0)
+        model = wrap(Model().eval(), framework)
+        weights = GradientWeights(model, [block.module for block in find_blocks(model)], CPU)
+        model(torch.linspace(-1, 1, 256).view(8, 32)).square().mean().backward()
+        weights.gather(torch.tensor(1.0))
+        window = weights.take_window()
+        torch.distributed.all_reduce(window)
+        before, *blocks, after = (window[:-1] / window[:-1].sum()).tolist()
+        assert (before == 0) != (framework == "fsdp1_flat")
+        shares[framework] = torch.tensor([*blocks, before + after])
+    assert shares["ddp"][0] > 0.01
+    for framework, share in shares.items():
+        torch.testing.assert_close(share, shares["ddp"], rtol=1e-3, atol=1e-6, msg=framework)
+
+
+def _check_kinds_of_sharded_blocks() -> None:
+    for framework in ("fsdp1", "fsdp1_flat", "fsdp2"):
+        kinds = kinds_of([block.module for block in find_blocks(wrap(Model(), framework))])
+        assert kinds[0] == kinds[2] == kinds[5] == 0, (framework, kinds)
+
+
 def _check_frameworks() -> None:
+    _check_kinds_of_sharded_blocks()
+    _check_shares_of_sharded_gradients()
     for framework in FRAMEWORKS[1:]:
         try:
             _check(framework)
@@ -90,7 +120,7 @@ def test_leaves_no_trace_in_a_single_process() -> None:
     _check("single")
 
 
-def test_leaves_no_trace_under_ddp_fsdp1_and_fsdp2() -> None:
+def test_on_two_ranks_under_ddp_fsdp1_and_fsdp2() -> None:
     run_distributed_test(_check_frameworks, 2)
 
 
