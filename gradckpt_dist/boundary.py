@@ -27,6 +27,9 @@ class BoundaryListener(Protocol):
     def begin_step(self) -> None:
         """The first training forward after an optimizer step is about to run."""
 
+    def end_step(self) -> None:
+        """An optimizer has stepped, the first one since the step began; gradients are still there."""
+
     def begin_forward(self) -> None:
         """A training forward of the root is about to run: one for each micro-batch."""
 
@@ -83,7 +86,9 @@ class StepBoundary:
         self._listener.end_forward()
 
     def _on_optimizer_step(self) -> None:
-        self._stepped = True
+        if not self._stepped:
+            self._stepped = True
+            self._listener.end_step()
 
 
 class _Hook:

@@ -96,6 +96,7 @@ class Engine:
             for switch in installed:
                 switch.undo()
             raise
+        self._observer.attach(root)
         self._boundary = StepBoundary(root, optimizer, self)
         self._memory_report = OutOfMemoryReport(self._report_out_of_memory)
         self._journal.start(self._mask, self.config)
@@ -247,6 +248,10 @@ class Engine:
             self._gate.watch = self._observer.begin(measured=self._schedule.is_measured(self._step))
         self._wake_step = self._next_wake()
         self._plugin_seconds += time.perf_counter() - started
+
+    def end_step(self) -> None:
+        if self._gate.watch is not None:
+            self._observer.gather_gradients()
 
     def begin_forward(self) -> None:
         self._gate.open = True

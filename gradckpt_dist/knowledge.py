@@ -18,6 +18,7 @@ from gradckpt_dist.cost.budget import Budget
 from gradckpt_dist.cost.kind import kinds_of
 from gradckpt_dist.impact import IMPACTS, RunningImpact
 from gradckpt_dist.impact.expected import ExpectedErrors
+from gradckpt_dist.impact.probe import block_fields
 from gradckpt_dist.mask import Mask
 from gradckpt_dist.policy import Evidence
 
@@ -83,7 +84,8 @@ class Knowledge:
         available, self.plugin_seconds = maxima[scalars + 3 : scalars + _SCALARS]
         self.available_bytes = int(-available)
         if self.costs is not None and self.errors is not None:
-            self.errors.update(sums[impact_size:])
+            probes_size = self._scope.blocks * block_fields(len(self._scope.lossy)) + 1
+            self.errors.update(sums[impact_size : impact_size + probes_size], sums[impact_size + probes_size :])
             self.costs.update(maxima[scalars + _SCALARS :])
 
     def evidence(self, current: Mask) -> Evidence:

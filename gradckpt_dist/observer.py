@@ -11,6 +11,7 @@ from gradckpt_dist.cost.book import CostBook
 from gradckpt_dist.cost.clock import DeviceClock
 from gradckpt_dist.impact import create_impact
 from gradckpt_dist.impact.probe import ProbeStatistics
+from gradckpt_dist.impact.weights import GradientWeights
 from gradckpt_dist.knowledge import Scope
 from gradckpt_dist.memory import memory_meter
 from gradckpt_dist.probing import Prober, ProbeSchedule
@@ -47,9 +48,18 @@ class Observer:
             self._statistics = ProbeStatistics(scope.blocks, scope.lossy, device)
             self.prober = Prober(modules, self._book, self._statistics, clock, context)
         self.sampler = Sampler(self.impact, self.prober)
+        self._modules = list(modules)
+        self._lossy = bool(scope.lossy)
+        self._device = device
+        self._weights: GradientWeights | None = None
         self._meter = memory_meter(device)
         self._measurement: Measurement | None = None
         self._process_peak_bytes = 0
+
+    def attach(self, root: nn.Module) -> None:
+        """Where lossy storages are on offer, watch how the gradient of ``root`` is shared out over blocks."""
+        if self.prober is not None and self._lossy:
+            self._weights = GradientWeights(root, self._modules, self._device)
 
     def begin(self, *, measured: bool) -> Sampler:
         """Start a sampled step. One that is measured has no probe, which would count in the peak."""
@@ -57,9 +67,14 @@ class Observer:
             self._meter.begin()
             self.sampler.begin(measured=True)
         else:
-            self.sampler.begin(measured=False, turn=None if self._turns is None else self._turns.turn(self.turn))
+            self.sampler.begin(measured=False, turns=() if self._turns is None else self._turns.turns(self.turn))
             self.turn += 1
         return self.sampler
+
+    def gather_gradients(self) -> None:
+        """The step's gradients are complete and have not been set to zero yet."""
+        if self._weights is not None:
+            self._weights.gather(self.impact.step_scale())
 
     def end(self) -> None:
         """Close the sampled step."""
@@ -69,9 +84,9 @@ class Observer:
             self._process_peak_bytes = self._meter.peak_bytes()
 
     def take_sums(self) -> torch.Tensor:
-        """For the SUM all-reduce, float64 on the device: the impact's window, then that of the probes."""
-        window = self.impact.take_window()
-        return window if self._statistics is None else torch.cat([window, self._statistics.take_window()])
+        """For the SUM all-reduce, float64 on the device: the windows of impact, probes and gradients."""
+        gatherers = (self.impact, self._statistics, self._weights)
+        return torch.cat([gatherer.take_window() for gatherer in gatherers if gatherer is not None])
 
     def take_maxima(self, plugin_seconds: float) -> list[float]:
         """For the MAX all-reduce; zeros where nothing was measured."""

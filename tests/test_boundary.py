@@ -24,9 +24,13 @@ class Events:
 
     def __init__(self) -> None:
         self.seen: list[str] = []
+        self.steps_ended = 0
 
     def begin_step(self) -> None:
         self.seen.append("step")
+
+    def end_step(self) -> None:
+        self.steps_ended += 1
 
     def begin_forward(self) -> None:
         self.seen.append("forward")
@@ -106,6 +110,7 @@ def test_several_optimizers_and_groups_count_once(model: nn.Module) -> None:
         for half in halves:
             half.step()
         assert events.take() == FIRST
+    assert events.steps_ended == 3
     boundary.remove()
 
 

@@ -91,7 +91,8 @@ def test_a_smaller_budget_is_met_within_an_interval() -> None:
     kept = engine.stats()["held_bytes"]
     engine.set_memory_budget(0.0)
     trainer.train(2 + CONFIG["interval"])
-    assert "keep" not in engine.mask.storages
+    # The last block is the first in backward, where keeping it takes no more than redoing it.
+    assert "keep" not in engine.mask.storages[:-1]
     trainer.train(CONFIG["interval"])
     assert engine.stats()["held_bytes"] < kept
     with pytest.raises(ConfigError, match="memory_budget: 2 is not allowed"):
@@ -198,4 +199,3 @@ def _held_bytes(engine: Engine, model: nn.Module, x: Tensor) -> int:
     held = ledger.measurement().held_bytes
     del output
     return held
-
