@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.table import Table
 
+from gradckpt_dist.bench.impact import bench_impact
 from gradckpt_dist.bench.overhead import bench_overhead
 from gradckpt_dist.bench.planner import bench_planner
 from gradckpt_dist.bench.record import write
@@ -27,6 +28,7 @@ class Bench(Protocol):
 
 
 BENCHES: dict[str, tuple[Bench, str]] = {
+    "impact": (bench_impact, "what the impact metrics predict of gradient errors, against the true ones"),
     "overhead": (bench_overhead, "the plugin's own cost, against a pinned mask"),
     "planner": (bench_planner, "the budget policy's optimiser: seconds, and the gap to the optimum"),
     "storage": (bench_storage, "bytes, seconds and gradient error of every storage, against keep"),
