@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,16 +42,17 @@ def solve_milp(costs: CostTable, *, peak_bytes: int, squared_error: float, time_
     count = blocks * storages
     allowed = (costs.serves & (costs.squared_error <= squared_error)).ravel()
     binary = np.concatenate([np.ones(count), np.zeros(blocks)])
-    result = optimize.milp(
-        np.concatenate([np.where(allowed, costs.extra_seconds.ravel(), 0.0), np.zeros(blocks)]),
-        constraints=[
-            optimize.LinearConstraint(matrix, low, high)
-            for matrix, low, high in _constraints(sparse, costs, peak_bytes - costs.fixed_bytes, squared_error)
-        ],
-        integrality=binary,
-        bounds=optimize.Bounds(0, np.concatenate([allowed.astype(float), np.ones(blocks)])),
-        options={"time_limit": time_limit_s, "mip_rel_gap": _RELATIVE_GAP},
-    )
+    with _standard_output_to_error():
+        result = optimize.milp(
+            np.concatenate([np.where(allowed, costs.extra_seconds.ravel(), 0.0), np.zeros(blocks)]),
+            constraints=[
+                optimize.LinearConstraint(matrix, low, high)
+                for matrix, low, high in _constraints(sparse, costs, peak_bytes - costs.fixed_bytes, squared_error)
+            ],
+            integrality=binary,
+            bounds=optimize.Bounds(0, np.concatenate([allowed.astype(float), np.ones(blocks)])),
+            options={"time_limit": time_limit_s, "mip_rel_gap": _RELATIVE_GAP},
+        )
     bound = result.mip_dual_bound
     return MilpResult(
         seconds=None if result.x is None else float(result.fun),
@@ -75,6 +81,20 @@ def _constraints(sparse: Any, costs: CostTable, capacity: int, squared_error: fl
         shares = np.minimum(costs.squared_error.ravel() / squared_error, 2.0)
         constraints.append((sparse.csr_matrix(np.concatenate([shares, np.zeros(blocks)])), -np.inf, 1.0))
     return constraints
+
+
+@contextlib.contextmanager
+def _standard_output_to_error() -> Iterator[None]:
+    """HiGHS writes to the process's own standard output, which is for the figures."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(saved, 1)
+        os.close(saved)
 
 
 def _scipy() -> tuple[Any, Any]:
