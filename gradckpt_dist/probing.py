@@ -20,6 +20,7 @@ from gradckpt_dist.impact.probe import ProbeStatistics
 from gradckpt_dist.storage import Forward, StorageContext, create_storage
 from gradckpt_dist.storage.lane import OffloadLane
 from gradckpt_dist.storage.ledger import Ledger
+from gradckpt_dist.storage.noise import NoiseSource
 
 logger = logging.getLogger("gradckpt_dist")
 
@@ -98,7 +99,8 @@ class Prober:
         self._book = book
         self._statistics = statistics
         self._clock = clock
-        self._context = StorageContext() if context is None else replace(context, lane=OffloadLane())
+        # What profiles have settled is shared with training; what training would notice is not.
+        self._context = replace(context or StorageContext(), lane=OffloadLane(), noise=NoiseSource())
         self._turns: dict[int, ProbeTurn] = {}
         self._traps: list[Trap] = []
         self._stopped: set[int] = set()

@@ -84,7 +84,7 @@ class Ledger:
         inputs = self._new_bytes(tree_leaves((args, kwargs)))
         self._storages[index] = storage
         before = self.live_bytes
-        inside = _Inside(self)
+        inside = _Inside(self, restores=not storage.exact)
 
         def metered(*args: Any, **kwargs: Any) -> Any:
             with inside.counted():
@@ -180,10 +180,12 @@ class _Held:
 class _Inside:
     """What is saved inside one block's forward, whatever its storage then does with it."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, *, restores: bool) -> None:
         self.first = True
         self.bytes = 0
         self._ledger = ledger
+        self._restores = restores
+        self._restored: dict[StorageWeakRef, int] = {}
 
     @contextmanager
     def counted(self) -> Iterator[None]:
@@ -204,8 +206,8 @@ class _Inside:
 
         def restore(packed: Any) -> torch.Tensor:
             tensor: torch.Tensor = unpack(packed)
-            # A storage may hold more now: what it has brought back.
-            self._ledger.note_working_set(0)
+            # A storage may hold more now, or have made anew what nobody holds: what it has brought back.
+            self._ledger.note_working_set(self._restored_bytes(tensor) if self._restores else 0)
             return tensor
 
         try:
@@ -216,6 +218,15 @@ class _Inside:
                 self.bytes += sum(seen.values())
             else:
                 self._ledger.note_working_set(sum(seen.values()))
+
+    def _restored_bytes(self, tensor: torch.Tensor) -> int:
+        """Of the restored storages that are still alive, this one's included."""
+        alive = (item for item in self._restored.items() if not item[0].expired())  # type: ignore[no-untyped-call]
+        self._restored = dict(alive)
+        if _countable(tensor) and not self._ledger.holds(tensor):
+            storage = tensor.untyped_storage()
+            self._restored[StorageWeakRef(storage)] = storage.nbytes()  # type: ignore[no-untyped-call]
+        return sum(self._restored.values())
 
 
 class _PerForward:

@@ -226,3 +226,17 @@ def test_not_available_where_hooks_are_forbidden() -> None:
     with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
         assert not Ledger.available()
     assert Ledger.available()
+
+
+def test_what_a_lossy_storage_makes_anew_in_backward_counts_while_it_is_alive() -> None:
+    block = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 256), nn.Tanh())
+    x = torch.randn(64, 64, requires_grad=True)
+    ledger = Ledger(1)
+    ledger.begin_forward()
+    y = ledger.run(0, create_storage("compress8", block), block, (x,), {})
+    ledger.end_forward()
+    y.sum().backward()
+    measured = ledger.measurement()
+    one = 64 * 256 * 4
+    assert measured.held_bytes < one
+    assert one <= measured.peak_bytes <= measured.held_bytes + 2 * one
