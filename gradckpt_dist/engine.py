@@ -25,6 +25,7 @@ from gradckpt_dist.knowledge import Knowledge, Scope
 from gradckpt_dist.mask import Mask
 from gradckpt_dist.observer import Observer, probe_schedule
 from gradckpt_dist.out_of_memory import OutOfMemoryReport
+from gradckpt_dist.planning import PlanningDesk
 from gradckpt_dist.policy import BudgetPolicy, Plan, create_policy, require_feasible
 from gradckpt_dist.runtime import BlockRuntime, Gate
 from gradckpt_dist.schedule import Schedule
@@ -40,8 +41,10 @@ class Turn(enum.Enum):
     """No decision is in flight."""
     REDUCING = enum.auto()
     """The all-reduces were launched."""
+    PLANNING = enum.auto()
+    """They were collected; rank 0's policy is at work beside the step."""
     BROADCASTING = enum.auto()
-    """They were collected; rank 0's decision is on its way."""
+    """Rank 0's decision is on its way."""
 
 
 class Engine:
@@ -73,6 +76,7 @@ class Engine:
         self._wake_step = 0
         self._turn = Turn.IDLE
         self._pinned = False
+        self._desk = PlanningDesk()
         self._plan: Plan | None = None
         self._feasible = False
         self._theta: float | None = None
@@ -231,6 +235,7 @@ class Engine:
         try:
             self._drain()
         finally:
+            self._desk.close()
             self._agreement.close()
 
     # -- boundaries -----------------------------------------------------------------------------------------------
@@ -270,7 +275,9 @@ class Engine:
 
     def _advance(self) -> None:
         if self._turn is Turn.REDUCING:
-            self._decide()
+            self._begin_plan()
+        elif self._turn is Turn.PLANNING:
+            self._announce()
         elif self._turn is Turn.BROADCASTING:
             self._receive()
         if self._turn is Turn.IDLE and not self._pinned and self._schedule.is_decision(self._step):
@@ -282,7 +289,7 @@ class Engine:
         self._launched_step = self._step
         self._turn = Turn.REDUCING
 
-    def _decide(self) -> None:
+    def _begin_plan(self) -> None:
         sums, maxima = self._agreement.collect()
         self._knowledge.update(sums, maxima, self._mask)
         evidence = self._knowledge.evidence(self._mask)
@@ -290,9 +297,14 @@ class Engine:
             # The evidence is equal on all ranks, and so is this error.
             require_feasible(evidence.costs, evidence.limits)
             self._feasible = True
-        decision = None
         if self._agreement.rank == 0:
-            self._plan = self._policy.plan(evidence)
+            self._desk.begin(self._policy, evidence)
+        self._turn = Turn.PLANNING
+
+    def _announce(self) -> None:
+        decision = None
+        self._plan = self._desk.take()
+        if self._plan is not None:
             theta = math.nan if self._plan.theta is None else self._plan.theta
             mask = self._mask.replaced(self._plan.storages)
             decision = Decision(mask=mask, step=self._launched_step, theta=theta)
@@ -320,6 +332,8 @@ class Engine:
         """Finish what is in flight, so that no collective is left unmatched; its outcome is dropped."""
         if self._turn is Turn.REDUCING:
             self._agreement.collect()
+        elif self._turn is Turn.PLANNING:
+            self._desk.take()
         elif self._turn is Turn.BROADCASTING:
             self._agreement.receive(self._mask.blocks, self._mask.epoch)
         self._turn = Turn.IDLE

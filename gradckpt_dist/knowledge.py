@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Any, Self
 
-import numpy as np
 from torch import nn
 
 from gradckpt_dist.config import LOSSY_STORAGES, Config
 from gradckpt_dist.cost import CostTable
-from gradckpt_dist.cost.book import Costs
+from gradckpt_dist.cost.agreed import Costs
 from gradckpt_dist.cost.budget import Budget
 from gradckpt_dist.cost.kind import kinds_of
 from gradckpt_dist.impact import IMPACTS, RunningImpact
@@ -24,8 +21,6 @@ from gradckpt_dist.policy import Evidence
 
 _BYTES_BY_BLOCK = 3
 _SCALARS = 5
-_NOMINAL_SECONDS_PER_BYTE = 1e-9
-"""What recomputing is taken to cost, per byte of ``keep``, where no block was probed: a guess, for their order only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,49 +149,11 @@ class Knowledge:
             return None
         return self.peak_bytes + headroom - self.budget.reserve_bytes(self.available_bytes)
 
-    # -- the cost table -------------------------------------------------------------------------------------------
-
     def _table(self) -> CostTable | None:
+        """With a fixed part such that the measured peak is predicted for the mask that was in force."""
         if self.costs is None or self.errors is None or self._measured_mask is None:
             return None
-        scope = self._scope
-        rows = [[self._cost(i, name) for name in scope.storages] for i in range(scope.blocks)]
-        seconds, held, working = (np.array([[cost[k] for cost in row] for row in rows]) for k in range(3))
-        errors = np.zeros_like(seconds)
-        lossy = [scope.storages.index(name) for name in scope.lossy]
-        errors[:, lossy] = self.errors.squared(scope.metric, self.running.mean_square)
-        unknown = ~np.isfinite(errors)
-        table = CostTable(
-            storages=scope.storages,
-            extra_seconds=np.where(unknown, math.inf, seconds),
-            held_bytes=held.astype(np.int64),
-            working_set_bytes=working.astype(np.int64),
-            squared_error=np.where(unknown, 0.0, errors),
-        )
-        return self._calibrated(table)
-
-    def _calibrated(self, table: CostTable) -> CostTable:
-        """With the fixed part: what the process used at its peak beyond the blocks of the mask that was in force."""
-        if self._measured_mask is None:
-            return table
+        errors = self.errors.squared(self._scope.metric, self.running.mean_square)
+        table = self.costs.table(dict(zip(self._scope.lossy, errors.T, strict=True)), self.stored_bytes)
         predicted = table.peak_bytes_of(table.choice(self._measured_mask.storages))
         return table.with_fixed_bytes(max(0, self.process_peak_bytes - predicted))
-
-    def _cost(self, index: int, storage: str) -> tuple[float, int, int]:
-        """Extra seconds, held bytes and working set; of a block that was never probed, what the ledger counted."""
-        costs = self.costs
-        if costs is not None and costs.of(index, "keep").held_bytes is not None:
-            size = costs.held_bytes(index, storage), costs.working_set_bytes(index, storage)
-            return (costs.extra_seconds(index, storage), *size)
-        keep, recompute = (self.stored_bytes[name][index] for name in ("keep", "recompute"))
-        by_ledger = {"keep": (0.0, keep, 0), "recompute": (keep * self._seconds_per_byte(), recompute, keep)}
-        return by_ledger.get(storage, (math.inf, 0, 0))
-
-    def _seconds_per_byte(self) -> float:
-        """Of recomputing, per byte of ``keep``, over the blocks that were probed."""
-        costs = self.costs
-        if costs is None:
-            return _NOMINAL_SECONDS_PER_BYTE
-        pairs = [(costs.extra_seconds(i, "recompute"), costs.held_bytes(i, "keep")) for i in range(self._scope.blocks)]
-        known = [seconds / held for seconds, held in pairs if math.isfinite(seconds) and held]
-        return max(0.0, median(known)) if known else _NOMINAL_SECONDS_PER_BYTE

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from gradckpt_dist.blocks import BlockSwitch, find_blocks
-from gradckpt_dist.cost.book import CostBook, Costs
+from gradckpt_dist.cost.agreed import Costs
+from gradckpt_dist.cost.book import CostBook
 from gradckpt_dist.cost.clock import DeviceClock
 from gradckpt_dist.cost.kind import kinds_of
 from gradckpt_dist.impact import create_impact

@@ -40,7 +40,7 @@ def test_exact_losses_are_bitwise_those_without_it_while_the_mask_moves(tmp_path
     events = [json.loads(line) for line in (tmp_path / "gradckpt.jsonl").read_text().splitlines()]
     decisions = [event for event in events if event["event"] == "decision"]
     assert len(decisions) >= 5
-    masks = {tuple(event["mask"]) for event in decisions}
+    masks = {tuple(event["mask"]) for event in (events[0], *decisions)}
     assert len(masks) >= 2
     assert all(storage in EXACT for mask in masks for storage in mask)
     assert decisions[-1]["theta"] >= 0

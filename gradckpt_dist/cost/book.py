@@ -1,50 +1,26 @@
-"""Costs of storages, gathered on a rank, folded over ranks, and scaled to the batch at hand."""
+"""Costs of storages, gathered on a rank."""
 
 from __future__ import annotations
 
-import math
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
 
+from gradckpt_dist.cost.agreed import BLOCK_FIELDS, UNKNOWN
 from gradckpt_dist.cost.clock import DeviceClock, Mark
 from gradckpt_dist.storage.ledger import Measurement
 
 SAMPLES = 15
 """The latest ones, of which the median counts."""
 
-LEAST_EXTRA = 0.01
-
-_UNKNOWN = -1e300
-"""Loses against every measured number in a MAX over ranks, and is finite."""
-
-_FIELDS = 5
-_BLOCK_FIELDS = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class StorageCost:
-    """One storage on one kind of block, per token; the most over ranks.
-
-    ``seconds`` are those of forward and backward, ``extra_seconds`` what exceeds ``keep`` in the same probe.
-    None: not measured yet. ``refused``: the storage cannot serve this kind.
-    """
-
-    seconds: float | None = None
-    extra_seconds: float | None = None
-    held_bytes: float | None = None
-    working_set_bytes: float | None = None
-    refused: bool = False
-
 
 @dataclass
 class _Samples:
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=SAMPLES))
     extra_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=SAMPLES))
-    held_bytes: float = _UNKNOWN
-    working_set_bytes: float = _UNKNOWN
+    held_bytes: float = UNKNOWN
+    working_set_bytes: float = UNKNOWN
     refused: bool = False
     tokens: int = 0
 
@@ -53,7 +29,7 @@ class _Samples:
         return self.tokens // 2 < tokens <= 2 * self.tokens
 
     def vector(self) -> list[float]:
-        times = [median(values) if values else _UNKNOWN for values in (self.seconds, self.extra_seconds)]
+        times = [median(values) if values else UNKNOWN for values in (self.seconds, self.extra_seconds)]
         return [*times, self.held_bytes, self.working_set_bytes, float(self.refused)]
 
 
@@ -129,79 +105,6 @@ class CostBook:
         self._pending.extend(unread)
 
 
-class Costs:
-    """What the ranks have agreed on: the most over them."""
-
-    def __init__(self, kinds: Sequence[int], storages: Sequence[str]) -> None:
-        self._kinds = tuple(kinds)
-        self.storages = tuple(storages)
-        self._costs = {(kind, name): StorageCost() for kind in range(max(kinds) + 1) for name in storages}
-        blocks = len(self._kinds)
-        self.step_tokens = self.forward_tokens = self.call_tokens = (0.0,) * blocks
-
-    @property
-    def size(self) -> int:
-        """Length of what ``CostBook.take_maxima`` gives."""
-        return _BLOCK_FIELDS * len(self._kinds) + _FIELDS * len(self._costs)
-
-    def update(self, maxima: Sequence[float]) -> None:
-        """Fold in what all ranks sent; a number that a faulty rank made non-finite is left out."""
-        blocks = len(self._kinds)
-        step, forward, call = (maxima[i * blocks : (i + 1) * blocks] for i in range(_BLOCK_FIELDS))
-        self.step_tokens = _latest(self.step_tokens, step)
-        self.forward_tokens = _latest(self.forward_tokens, forward)
-        self.call_tokens = _latest(self.call_tokens, call)
-        start = _BLOCK_FIELDS * blocks
-        for number, key in enumerate(self._costs):
-            values = maxima[start + number * _FIELDS : start + (number + 1) * _FIELDS]
-            self._costs[key] = _folded(self._costs[key], values)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        costs = [[kind, name, asdict(cost)] for (kind, name), cost in self._costs.items()]
-        return {"costs": costs, "tokens": [list(self.step_tokens), list(self.forward_tokens), list(self.call_tokens)]}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take what is of kinds and storages that are here too; the rest is measured again."""
-        for kind, name, cost in state["costs"]:
-            if (kind, name) in self._costs:
-                self._costs[kind, name] = StorageCost(**cost)
-        if all(len(tokens) == len(self._kinds) for tokens in state["tokens"]):
-            self.step_tokens, self.forward_tokens, self.call_tokens = map(tuple, state["tokens"])
-
-    def of(self, index: int, storage: str) -> StorageCost:
-        """Per token, of the block at ``index``."""
-        return self._costs[self._kinds[index], storage]
-
-    def extra_seconds(self, index: int, storage: str) -> float:
-        """Per step, against ``keep``; infinite where the storage is refused or was not measured yet.
-
-        Any other storage does what ``keep`` does and more: below ``LEAST_EXTRA`` of its seconds, noise is at work.
-        """
-        cost, keep = self.of(index, storage), self.of(index, "keep")
-        if cost.refused or cost.extra_seconds is None or cost.held_bytes is None or keep.seconds is None:
-            return math.inf
-        least = 0.0 if storage == "keep" else LEAST_EXTRA * keep.seconds
-        return max(cost.extra_seconds, least) * self.step_tokens[index]
-
-    def held_bytes(self, index: int, storage: str) -> int:
-        """From the block's forward to its backward, in the largest forward seen; 0 while not measured."""
-        return math.ceil((self.of(index, storage).held_bytes or 0.0) * self.forward_tokens[index])
-
-    def working_set_bytes(self, index: int, storage: str) -> int:
-        """On top of what is held, while one call of the block is in backward; 0 while not measured."""
-        return math.ceil((self.of(index, storage).working_set_bytes or 0.0) * self.call_tokens[index])
-
-    def probe_bytes(self, index: int) -> int | None:
-        """Activations that a probe of this block holds at once; its parameters' gradients come twice on top."""
-        held = [
-            self.held_bytes(index, name) + self.working_set_bytes(index, name)
-            for name in self.storages
-            if self.of(index, name).held_bytes is not None
-        ]
-        return max(held) if held else None
-
-
 class _Tokens:
     """Tokens by block: a step's, the largest forward's, the largest call's. The most over sampled steps."""
 
@@ -209,7 +112,7 @@ class _Tokens:
         self._blocks = blocks
         self._step = [0] * blocks
         self._forward = [0] * blocks
-        self._most = [[0] * blocks for _ in range(_BLOCK_FIELDS)]
+        self._most = [[0] * blocks for _ in range(BLOCK_FIELDS)]
 
     def saw_call(self, index: int, tokens: int) -> None:
         self._step[index] += tokens
@@ -226,22 +129,5 @@ class _Tokens:
 
     def take(self) -> list[float]:
         taken = [float(value) for values in self._most for value in values]
-        self._most = [[0] * self._blocks for _ in range(_BLOCK_FIELDS)]
+        self._most = [[0] * self._blocks for _ in range(BLOCK_FIELDS)]
         return taken
-
-
-def _latest(old: Sequence[float], new: Sequence[float]) -> tuple[float, ...]:
-    return tuple(b if math.isfinite(b) and b > 0 else a for a, b in zip(old, new, strict=True))
-
-
-def _folded(old: StorageCost, values: Sequence[float]) -> StorageCost:
-    seconds, extra, held, working_set, refused = (
-        value if math.isfinite(value) and value > _UNKNOWN / 2 else None for value in values
-    )
-    return StorageCost(
-        seconds=old.seconds if seconds is None else seconds,
-        extra_seconds=old.extra_seconds if extra is None else extra,
-        held_bytes=old.held_bytes if held is None else held,
-        working_set_bytes=old.working_set_bytes if working_set is None else working_set,
-        refused=old.refused or bool(refused),
-    )

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from gradckpt_dist.cost.book import SAMPLES, CostBook, Costs
+from gradckpt_dist.cost.agreed import Costs
+from gradckpt_dist.cost.book import SAMPLES, CostBook
 from gradckpt_dist.cost.clock import DeviceClock
 from gradckpt_dist.storage.ledger import Measurement
 
@@ -142,3 +143,20 @@ def test_marks_that_the_device_has_not_come_to_wait_for_the_next_window() -> Non
     assert _folded(book).of(0, "keep").seconds is None
     clock.ready = True
     assert _folded(book).of(0, "keep").seconds == 1.0
+
+
+def test_the_table_serves_what_is_measured_and_keeps_and_recomputes_the_rest() -> None:
+    book = _book()
+    marks = {"keep": (0.0, 10.0), "recompute": (0.0, 20.0), "offload": (0.0, 15.0)}
+    book.note_runs(0, 10, marks)
+    for name, (held, peak) in {"keep": (400, 400), "recompute": (100, 400), "offload": (0, 400)}.items():
+        book.note_bytes(0, name, 10, _measurement(held, peak))
+    _step(book, (0, 10), (1, 10), (2, 20))
+    measured = {"keep": (400, 600, 800), "recompute": (100, 200, 200)}
+    table = _folded(book).table({"offload": (0.5, 0.0, math.inf)}, measured, fixed_bytes=7)
+    inf = math.inf
+    assert table.extra_seconds.tolist() == [[0, 10, 5], [0, 10, inf], [0, 20, inf]]
+    assert table.held_bytes.tolist() == [[400, 100, 0], [600, 200, 0], [800, 200, 0]]
+    assert table.working_set_bytes.tolist() == [[0, 300, 400], [0, 400, 0], [0, 600, 800]]
+    assert table.squared_error.tolist() == [[0, 0, 0.5], [0, 0, 0], [0, 0, 0]]
+    assert table.fixed_bytes == 7

@@ -18,7 +18,7 @@ from gradckpt_dist.blocks import find_blocks
 from gradckpt_dist.cost.kind import kinds_of
 from gradckpt_dist.impact.weights import GradientWeights
 
-STORAGES = ("keep", "recompute", "offload", "compress4")
+STORAGES = ("keep", "recompute", "selective", "selective_half", "compress8", "compress4", "selective8", "offload")
 
 
 def _train(framework: str, *, probed: bool, storage: str, autocast: bool, accumulate: int) -> list[torch.Tensor]:
@@ -131,6 +131,9 @@ ZERO3 = {
 }
 
 
+ZERO3_STORAGES = ("keep", "recompute", "selective", "compress4", "offload")
+
+
 def _train_zero3(*, probed: bool, storage: str) -> list[torch.Tensor]:
     import deepspeed
 
@@ -138,7 +141,7 @@ def _train_zero3(*, probed: bool, storage: str) -> list[torch.Tensor]:
     model = GPT(vocabulary=11, context=32, width=64, layers=3, heads=2, dropout=0.1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ZERO3, dist_init_required=False)
-    probe = Probed(engine, STORAGES, ["compress4"])
+    probe = Probed(engine, ZERO3_STORAGES, ["compress4"])
     probe.use(storage)
     torch.manual_seed(dist.get_rank())
     record = []

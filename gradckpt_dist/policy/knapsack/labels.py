@@ -55,6 +55,8 @@ class LabelSearch:
 
     def run(self, below: float) -> Found:
         """The best plan of fewer than ``below`` seconds."""
+        if self._most_held[0] < 0:  # the given options before the first free block are over the capacity
+            return Found(choice=None, bound=below, work=_STEP_WORK)
         labels = _Labels.start(self._stretches, self._relaxation.bound)
         dropped, work = np.inf, 0
         steps: list[tuple[Ints, Ints]] = []

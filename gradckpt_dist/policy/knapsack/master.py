@@ -10,7 +10,7 @@ import numpy as np
 from gradckpt_dist.policy.knapsack.instance import Floats
 
 _OPTIMAL = 1e-10  # relative reduced cost
-_PIVOT = 1e-11
+_PIVOT = 1e-9
 _PIVOTS_PER_ROW = 40
 
 
@@ -36,8 +36,8 @@ class Master:
 
     def solve(self) -> tuple[Floats, float]:
         """The rows' prices, [rows] and not negative, and the value of the best mixture."""
+        inverse = np.linalg.inv(self._matrix[:, self._basis])
         for _ in range(_PIVOTS_PER_ROW * (self._rows + 1)):
-            inverse = np.linalg.inv(self._matrix[:, self._basis])
             duals = self._costs[self._basis] @ inverse
             reduced = self._costs - duals @ self._matrix
             reduced[self._basis] = 0.0
@@ -51,7 +51,12 @@ class Master:
             leaving = int(np.argmin(ratios))
             if not np.isfinite(ratios[leaving]):
                 break
-            self._basis[leaving] = entering
+            basis = [*self._basis[:leaving], entering, *self._basis[leaving + 1 :]]
+            try:
+                inverse = np.linalg.inv(self._matrix[:, basis])
+            except np.linalg.LinAlgError:  # nearly the same choice twice: the basis stays, its prices are still a bound
+                break
+            self._basis = basis
         return np.maximum(-duals[: self._rows], 0.0), float(duals[-1])
 
     def weights(self) -> Floats:

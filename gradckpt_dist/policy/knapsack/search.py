@@ -15,7 +15,7 @@ GAP = 2e-4
 
 # Blocks left free and labels kept:
 _FILLS = ((12, 256), (32, 96))  # around the rounded mixture
-_PROOF = (72, 1024)  # among all that the gap leaves open
+_PROOF = (72, 4096)  # among all that the gap leaves open
 _NEIGHBOURHOOD = 16  # around the best plan, to begin with
 _NEIGHBOURHOOD_WIDTH = 384
 _SMALLEST_NEIGHBOURHOOD = 6

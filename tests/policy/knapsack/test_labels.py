@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+from cost_tables import table
 
 from gradckpt_dist.bench.planner_instances import KINDS, create_planner_instance
 from gradckpt_dist.policy.knapsack.feasible import smallest_peak
@@ -76,3 +77,18 @@ def test_a_narrow_search_still_bounds_a_wide_one(kind: str) -> None:
     if narrow.choice is not None:
         assert instance.fits(narrow.choice)
         assert float(take(instance.seconds, narrow.choice).sum()) >= seconds - 1e-9
+
+
+def test_given_options_that_are_over_the_capacity_are_not_found() -> None:
+    # Held before the first free block: 3 and then 2 more in backward, of 4.
+    costs = table(
+        {"keep": (0.0, 3, 2, 0.0), "recompute": (1.0, 1, 1, 0.0)},
+        {"keep": (0.0, 0, 0, 0.0), "recompute": (1.0, 0, 0, 0.0)},
+    )
+    instance = create_instance(costs, 4, 0.0, rounded_up=False)
+    fits, over = np.array([1, 1]), np.array([0, 1])
+    relaxed = relax(instance, fits)
+    free = np.array([1])
+    for given, is_found in ((fits, True), (over, False)):
+        search = LabelSearch(instance, relaxed, given=given, free=free, tried=instance.allowed, width=10)
+        assert (search.run(np.inf).choice is not None) == is_found
