@@ -12,8 +12,8 @@ from torch.nn import functional
 from gradckpt_dist.api import enable
 from gradckpt_dist.bench.demo_model import load_text_model
 from gradckpt_dist.bench.gradient_errors import GradientErrors, Sample
+from gradckpt_dist.bench.impact_plans import Array
 from gradckpt_dist.config import Config
-from gradckpt_dist.cost import CostTable
 from gradckpt_dist.policy import Evidence, Plan, Policy
 
 EXTRA_SECONDS = {
@@ -70,7 +70,7 @@ class Training:
             memory_budget=memory_budget, gradient_tolerance=gradient_tolerance, interval=extent.interval, impact="probe"
         )
         self.engine = enable(self.model, config, optimizer=self._optimizer)
-        self.engine._policy = _StatedSeconds(self.engine._policy)
+        self.engine._policy = StatedSeconds(self.engine._policy)
         self.steps = 0
 
     def advance(self, steps: int) -> None:
@@ -95,7 +95,7 @@ class Training:
         """What the policy knows now, with the stated seconds."""
         return with_stated_seconds(self.engine._knowledge.evidence(self.engine.mask))
 
-    def predicted(self, metric: str) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    def predicted(self, metric: str) -> Array:
         """[blocks, lossy]: the squared relative errors of the whole gradient that this metric makes of what is known.
 
         The metric in force gathers what the others read.
@@ -110,7 +110,7 @@ class Training:
         return windows
 
 
-class _StatedSeconds(Policy):
+class StatedSeconds(Policy):
     """A policy that goes by the stated seconds."""
 
     def __init__(self, policy: Policy) -> None:
@@ -127,11 +127,7 @@ def with_stated_seconds(evidence: Evidence) -> Evidence:
     if costs is None:
         return evidence
     stated = np.array([EXTRA_SECONDS[name] for name in costs.storages])
-    return replace(evidence, costs=_with_seconds(costs, np.where(costs.serves, stated, np.inf)))
-
-
-def _with_seconds(costs: CostTable, seconds: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> CostTable:
-    return replace(costs, extra_seconds=seconds)
+    return replace(evidence, costs=replace(costs, extra_seconds=np.where(costs.serves, stated, np.inf)))
 
 
 def loss(model: nn.Module, windows: Tensor) -> Tensor:
