@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections import Counter
 from typing import Any
@@ -167,4 +168,22 @@ def test_what_cannot_be_run_again_is_left_alone(cache: Any, reason: str, caplog:
         probed.end()
     assert probed.prober.probes == 0
     assert reason in caplog.text
+    probed.undo()
+
+
+def test_no_tensor_is_left_alive() -> None:
+    probed = Probed(build(), NAMES[:2])
+
+    def tensors_after(step: int, block: int | None) -> int:
+        if block is not None:
+            probed.begin(block)
+        backward(probed.model, batch(step))
+        if block is not None:
+            probed.end()
+        probed.model.zero_grad()
+        gc.collect()
+        return sum(issubclass(type(value), Tensor) for value in gc.get_objects())
+
+    tensors_after(0, 1)
+    assert tensors_after(1, 2) == tensors_after(2, None) == tensors_after(3, 2)
     probed.undo()
