@@ -38,10 +38,10 @@ def test_each_kind_comes_first_twice_under_all_storages() -> None:
 
 @pytest.mark.parametrize(("blocks", "interval"), [(1, 4), (8, 50), (64, 50), (1000, 50), (1000, 2)])
 def test_then_probes_take_their_share_of_all_steps_and_come_to_every_block(blocks: int, interval: int) -> None:
-    schedule = _schedule((0,) * blocks, interval)
-    turns = [turn for number in range(2, 20_002) for turn in schedule.turns(number)]
+    schedule, samples = _schedule((0,) * blocks, interval), 20_000 if blocks < 100 else 2_000
+    turns = [turn for number in range(2, samples + 2) for turn in schedule.turns(number)]
     runs = sum(1 + len(turn.storages) for turn in turns)
-    steps = 20_000 * interval / 4
+    steps = samples * interval / 4
     assert runs == pytest.approx(SHARE * steps * blocks, rel=0.05)
     visited = Counter(turn.block for turn in turns)
     assert len(visited) == blocks
