@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections import Counter
 from typing import Any
@@ -37,10 +38,10 @@ def test_each_kind_comes_first_twice_under_all_storages() -> None:
 
 @pytest.mark.parametrize(("blocks", "interval"), [(1, 4), (8, 50), (64, 50), (1000, 50), (1000, 2)])
 def test_then_probes_take_their_share_of_all_steps_and_come_to_every_block(blocks: int, interval: int) -> None:
-    schedule = _schedule((0,) * blocks, interval)
-    turns = [turn for number in range(2, 20_002) for turn in schedule.turns(number)]
+    schedule, samples = _schedule((0,) * blocks, interval), 20_000 if blocks < 100 else 2_000
+    turns = [turn for number in range(2, samples + 2) for turn in schedule.turns(number)]
     runs = sum(1 + len(turn.storages) for turn in turns)
-    steps = 20_000 * interval / 4
+    steps = samples * interval / 4
     assert runs == pytest.approx(SHARE * steps * blocks, rel=0.05)
     visited = Counter(turn.block for turn in turns)
     assert len(visited) == blocks
@@ -167,4 +168,22 @@ def test_what_cannot_be_run_again_is_left_alone(cache: Any, reason: str, caplog:
         probed.end()
     assert probed.prober.probes == 0
     assert reason in caplog.text
+    probed.undo()
+
+
+def test_no_tensor_is_left_alive() -> None:
+    probed = Probed(build(), NAMES[:2])
+
+    def tensors_after(step: int, block: int | None) -> int:
+        if block is not None:
+            probed.begin(block)
+        backward(probed.model, batch(step))
+        if block is not None:
+            probed.end()
+        probed.model.zero_grad()
+        gc.collect()
+        return sum(issubclass(type(value), Tensor) for value in gc.get_objects())
+
+    tensors_after(0, 1)
+    assert tensors_after(1, 2) == tensors_after(2, None) == tensors_after(3, 2)
     probed.undo()

@@ -33,8 +33,10 @@ class ExpectedErrors:
 
     The metrics differ in where ``own`` comes from and ``passed`` come from:
 
-    ``probe``      as last probed there, times the growth since then of the mean over the kind's last probes
-    ``influence``  first order: e^2(kind, s) / c_i, and f^2(kind, s) b_i passed; e^2 and f^2 from the kind's probes
+    ``influence``  first order: e^2(kind, s) / c_i, and f^2(kind, s) b_i passed, with c and b as gathered since, and the
+                   constants e^2 and f^2 from all probes of the kind
+    ``probe``      the same with e^2(i, s) and f^2(i, s) from the block's own last probe, times the growth since then of
+                   their mean over the kind; just after a probe these are the errors that it measured
     ``norm``       c^2(kind, s) from the kind's probes; q is I_i^2, and nothing is passed: c_s^2 times its share
 
     A block that was not probed yet takes the largest value of its kind; a kind that was not, infinity.
@@ -108,14 +110,12 @@ class ExpectedErrors:
         earlier = np.cumsum(weights)[:-2]
         columns = []
         for errors, level in zip(self._errors, self._levels, strict=True):
-            own, passed, e_squared, f_squared = errors.values.T
             if metric == "influence":
-                own, passed = self._mean_of_kind(e_squared) / coherence, self._mean_of_kind(f_squared) * branch
+                e_squared, f_squared = (self._mean_of_kind(column) for column in errors.values.T[2:])
             else:
-                own, passed, *_ = (
-                    self._most_of_kind(column) for column in (errors.values * self._growth(errors, level)).T
-                )
-            columns.append(own * weights[1:-1] + passed * earlier)
+                grown = errors.values * self._growth(errors, level)
+                e_squared, f_squared = (self._most_of_kind(column) for column in grown.T[2:])
+            columns.append(e_squared / coherence * weights[1:-1] + f_squared * branch * earlier)
         return _infinite_where_unknown(np.stack(columns, axis=1))
 
     def _shares(self, signal: Array, by_kind: bool) -> Array:

@@ -34,6 +34,8 @@ def _errors(expected: ExpectedErrors, metric: str, values: Sequence[float]) -> l
 THREE = (0, 0, 0)
 VALUES = [1.0, 2.0, 3.0, 2.0, 4.0, 6.0, 0.5, 0.5, 0.5, 1.0, 1.0, 1.0]
 """Of three blocks: squares, signal (c = 2), branch and passing norms (b = 1/2)."""
+TWO = [1.0, 2.0, 2.0, 4.0, 0.5, 0.5, 1.0, 1.0]
+"""The same of two."""
 WEIGHTS = [2.0, 6.0, 4.0, 6.0, 2.0, 2.0]
 """0.1, 0.3, 0.2, 0.3, 0.1 in each of two steps."""
 
@@ -86,9 +88,9 @@ def test_an_older_probe_grows_with_its_kind() -> None:
     expected.update(_window(_probe(0.1, 0.0), _probe(0.1, 0.0)), weights)
     expected.update(_window(NO_PROBE, _probe(0.5, 0.0)), weights)
     assert expected.own("compress4") == pytest.approx([0.1, 0.3])
-    assert _errors(expected, "probe", VALUES[:8]) == pytest.approx([0.1 * 2 / 2, 0.3 / 2])
+    assert _errors(expected, "probe", TWO) == pytest.approx([0.1 * 2 / 2, 0.3 / 2])
     expected.update(_window(NO_PROBE, _probe(0.01, 0.0)), weights)
-    assert _errors(expected, "probe", VALUES[:8])[0] == pytest.approx(0.1 * (0.1 + 0.155) / 2 / 0.1 / 2)
+    assert _errors(expected, "probe", TWO)[0] == pytest.approx(0.1 * (0.1 + 0.155) / 2 / 0.1 / 2)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
@@ -96,9 +98,9 @@ def test_a_faulty_rank_teaches_nothing(value: float) -> None:
     expected = ExpectedErrors((0, 0), ["compress4"])
     weights = [0.0, 1.0, 1.0, 0.0, 1.0]
     expected.update(_window(_probe(0.1, 0.0), _probe(0.2, 0.0), dropped=2), weights)
-    before = _errors(expected, "probe", VALUES[:8])
+    before = _errors(expected, "probe", TWO)
     expected.update(_window(_probe(value, 0.0), _probe(0.2, 0.0), dropped=value), [value] * 5)
-    assert _errors(expected, "probe", VALUES[:8]) == pytest.approx(before)
+    assert _errors(expected, "probe", TWO) == pytest.approx(before)
     assert expected.dropped_probes == 2
 
 
@@ -137,3 +139,11 @@ def _gradients(probed: Probed, storages: Sequence[str]) -> torch.Tensor:
     probed.model.zero_grad()
     backward(probed.model, batch(0))
     return torch.cat([p.grad.flatten() for p in probed.model.parameters() if p.grad is not None]).double()
+
+
+def test_theory_carries_a_probe_on_to_the_steps_after_it() -> None:
+    expected = ExpectedErrors((0, 0), ["compress4"])
+    expected.update(_window(_probe(0.1, 0.0), _probe(0.2, 0.02)), [1.0, 1.0, 1.0, 0.0, 1.0])
+    more_coherent_and_more_added = [1.0, 2.0, 4.0, 8.0, 1.0, 1.0, 1.0, 1.0]
+    assert _errors(expected, "probe", TWO)[1] == pytest.approx(0.2 / 3 + 0.02 * 2 / 3)
+    assert _errors(expected, "probe", more_coherent_and_more_added)[1] == pytest.approx(0.1 / 3 + 0.04 * 2 / 3)

@@ -13,6 +13,8 @@ from frameworks import FRAMEWORKS, Model, assert_bitwise, local, without_sync, w
 from probing_support import CPU, Probed, coarse_storage
 from support import run_distributed_test
 from text_model import GPT
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from gradckpt_dist.blocks import find_blocks
 from gradckpt_dist.cost.kind import kinds_of
@@ -61,8 +63,8 @@ def _backward(model: torch.nn.Module, batch: torch.Tensor, autocast: bool) -> to
     return loss.detach()
 
 
-def _check_learnt(probe: Probed) -> None:
-    assert probe.prober.probes == 7
+def _check_learnt(probe: Probed, probes: int = 7) -> None:
+    assert probe.prober.probes == probes
     values = probe.agree()
     for block in range(6):
         for name in STORAGES:
@@ -106,7 +108,33 @@ def _check_kinds_of_sharded_blocks() -> None:
         assert kinds[0] == kinds[2] == kinds[5] == 0, (framework, kinds)
 
 
+def _train_tensor_parallel(*, probed: bool) -> list[torch.Tensor]:
+    torch.manual_seed(7)
+    model = Model()
+    mesh = init_device_mesh("cpu", (2,))
+    for block in model.blocks:
+        parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    probe = Probed(model, STORAGES, ["compress4"])
+    torch.manual_seed(100)
+    data = torch.Generator().manual_seed(1)
+    record: list[torch.Tensor] = []
+    for step in range(6):
+        model.zero_grad()
+        if probed:
+            probe.begin(step)
+        record.append(_backward(model, torch.randn(8, 32, generator=data), False))
+        record += [local(p.grad).clone() for p in model.parameters() if p.grad is not None]
+        if probed:
+            probe.end()
+    if probed:
+        _check_learnt(probe, probes=6)
+    probe.undo()
+    return record
+
+
 def _check_frameworks() -> None:
+    with coarse_storage():
+        assert_bitwise(_train_tensor_parallel(probed=True), _train_tensor_parallel(probed=False))
     _check_kinds_of_sharded_blocks()
     _check_shares_of_sharded_gradients()
     for framework in FRAMEWORKS[1:]:
@@ -120,7 +148,7 @@ def test_leaves_no_trace_in_a_single_process() -> None:
     _check("single")
 
 
-def test_on_two_ranks_under_ddp_fsdp1_and_fsdp2() -> None:
+def test_on_two_ranks_under_tensor_parallelism_ddp_fsdp1_and_fsdp2() -> None:
     run_distributed_test(_check_frameworks, 2)
 
 
@@ -138,17 +166,17 @@ def _train_zero3(*, probed: bool, storage: str) -> list[torch.Tensor]:
     import deepspeed
 
     torch.manual_seed(0)
-    model = GPT(vocabulary=11, context=32, width=64, layers=3, heads=2, dropout=0.1)
+    model = GPT(vocabulary=11, context=32, width=64, layers=2, heads=2, dropout=0.1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ZERO3, dist_init_required=False)
     probe = Probed(engine, ZERO3_STORAGES, ["compress4"])
     probe.use(storage)
     torch.manual_seed(dist.get_rank())
     record = []
-    for step in range(5):
+    for step in range(3):
         tokens = torch.randint(11, (4, 32))
         if probed:
-            probe.begin(step % 3)
+            probe.begin(step % 2)
         loss = engine(tokens).square().mean()
         engine.backward(loss)
         record += [deepspeed.utils.safe_get_full_grad(parameter).clone() for parameter in model.parameters()]
@@ -157,7 +185,7 @@ def _train_zero3(*, probed: bool, storage: str) -> list[torch.Tensor]:
         if probed:
             probe.end()
     if probed:
-        assert probe.prober.probes == 5
+        assert probe.prober.probes == 3
         errors = probe.expected
         values = probe.agree()
         squared = errors.squared("probe", values)[:, 0]
