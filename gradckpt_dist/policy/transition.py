@@ -42,13 +42,16 @@ def next_choice(
 
 
 def _step(costs: CostTable, current: Choice, aim: Choice, most: int, fits: Callable[[Choice], bool]) -> Choice:
-    """The most saving step of at most ``most`` changes: the fastest changes, and those that make room for them."""
+    """The most saving step of at most ``most`` changes: the fastest changes, and those that make room for them.
+
+    Of equally fast ones the later: what a block holds is in the way of the working sets of those behind it.
+    """
     blocks = np.arange(costs.blocks)
     saved = costs.extra_seconds[blocks, current] - costs.extra_seconds[blocks, aim]
     freed = costs.held_bytes[blocks, current] - costs.held_bytes[blocks, aim]
     changed = np.flatnonzero(current != aim)
     faster = changed[saved[changed] > 0]
-    faster = faster[np.argsort(-saved[faster], kind="stable")]
+    faster = faster[np.lexsort((-faster, -saved[faster]))]
     slower = changed[saved[changed] <= 0]
     slower = slower[np.argsort(-saved[slower] / np.maximum(freed[slower], 1), kind="stable")]
     best, best_saved = current, 0.0

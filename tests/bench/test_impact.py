@@ -102,7 +102,7 @@ def test_errors_are_0_for_exact_storages_and_leave_the_random_state_alone() -> N
     state = torch.get_rng_state()
     exact = errors.exact(sample)
     assert errors.squared_error(("recompute", "selective", "keep", "recompute"), sample, exact) == 0
-    assert math.sqrt(errors.squared_error(errors.alone(1, "compress8"), sample, exact)) == pytest.approx(0.001, rel=0.9)
+    assert 1e-4 < math.sqrt(errors.squared_error(errors.alone(1, "compress8"), sample, exact)) < 1e-2
     assert torch.equal(torch.get_rng_state(), state)
     other_dropout = errors.exact(Sample(batch=_batch(), seed=4))
     assert any(not torch.equal(one, other) for one, other in zip(exact, other_dropout, strict=True))
@@ -192,11 +192,11 @@ def _looked_at(tolerance: float) -> Iterator[tuple[tuple[str, ...], float]]:
     engine.disable()
 
 
-@pytest.mark.parametrize("tolerance", [0.05, 0.005])
+@pytest.mark.parametrize("tolerance", [0.005, 0.0035])
 def test_the_realised_error_of_the_gradient_is_within_the_tolerance(tolerance: float) -> None:
     looked_at = list(_looked_at(tolerance))
     assert len(looked_at) == 6
     for mask, error in looked_at:
         assert error <= tolerance
         assert (error > 0) == bool(set(mask) & set(LOSSY_STORAGES))
-    assert looked_at[-1][1] > 0.1 * tolerance
+    assert looked_at[-1][1] > 0.5 * tolerance

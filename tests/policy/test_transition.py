@@ -57,6 +57,21 @@ def test_room_is_made_where_a_faster_storage_needs_it() -> None:
     assert costs.names(next_choice(costs, current, aim, rules, fits)) == ("keep", "recompute", "recompute", "keep")
 
 
+def test_at_the_peak_of_full_recompute_the_last_blocks_change_first() -> None:
+    costs = alike(4)
+    full = costs.choice(("recompute",) * 4)
+    aim = costs.choice(("compress8",) * 4)
+    peak_bytes = costs.peak_bytes_of(full) + 20
+
+    def fits(choice: Choice) -> bool:
+        return costs.peak_bytes_of(choice) <= peak_bytes
+
+    assert fits(aim)
+    assert not fits(costs.choice(("compress8", "compress8", "recompute", "recompute")))
+    step = next_choice(costs, full, aim, ChangeRules(interval=50, relaxed_share=0.5), fits)
+    assert costs.names(step) == ("recompute", "recompute", "compress8", "compress8")
+
+
 @given(st.sampled_from(list(KINDS)), st.integers(2, 60), st.integers(0, 2**32 - 1), st.floats(0.01, 1))
 def test_every_step_fits_saves_and_is_no_larger_than_allowed(kind: str, blocks: int, seed: int, share: float) -> None:
     instance = create_planner_instance(kind, blocks, np.random.default_rng(seed), lossy=True)
