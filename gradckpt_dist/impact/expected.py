@@ -16,7 +16,10 @@ from gradckpt_dist.impact.probe import block_fields
 Array = NDArray[np.float64]
 
 MEMORY = 2
-"""A new probe weighs at least 1 / MEMORY against the older ones of its block and storage."""
+"""A new window weighs at least 1 / MEMORY against the older ones, in how the gradient is shared out."""
+TREND = 0.5
+"""How much of what probes find above or below the expected is put down to training, the rest to block and storage."""
+_LARGEST_RISE = 4.0
 
 
 class ExpectedErrors:
@@ -35,9 +38,12 @@ class ExpectedErrors:
 
     ``influence``  first order: e^2(kind, s) / c_i, and f^2(kind, s) b_i passed, with c and b as gathered since, and the
                    constants e^2 and f^2 from all probes of the kind
-    ``probe``      the same with e^2(i, s) and f^2(i, s) from the block's own last probe, times the growth since then of
-                   their mean over the kind; just after a probe these are the errors that it measured
+    ``probe``      the same with e^2(i, s) and f^2(i, s) from the block's own last probe; just after it these are the
+                   errors that it measured
     ``norm``       c^2(kind, s) from the kind's probes; q is I_i^2, and nothing is passed: c_s^2 times its share
+
+    Errors rise by orders of magnitude as training goes on, and a probe sees one block under one storage. So the change
+    that it finds moves all that is known of its kind under any storage, to the power of ``TREND``.
 
     A block that was not probed yet takes the largest value of its kind; a kind that was not, infinity.
     """
@@ -47,10 +53,9 @@ class ExpectedErrors:
         self.lossy = tuple(lossy)
         self._kinds = np.array(kinds)
         self.dropped_probes = 0
-        self._gradients = _Means(blocks, 2)
-        self._weights = _Means(1, blocks + 2)
-        self._errors = [_Means(blocks, 4) for _ in lossy]
-        self._levels = [np.full((blocks, 4), math.nan) for _ in lossy]
+        self._gradients = _Means(blocks, 2, MEMORY)
+        self._weights = _Means(1, blocks + 2, MEMORY)
+        self._errors = [_Means(blocks, 4, memory=1) for _ in lossy]
 
     def update(self, sums: Sequence[float], weights: Sequence[float] = ()) -> None:
         """Fold in a window as ``ProbeStatistics`` and ``GradientWeights`` give it, summed over ranks."""
@@ -61,10 +66,13 @@ class ExpectedErrors:
         self.dropped_probes += int(dropped) if math.isfinite(dropped) and dropped > 0 else 0
         table = np.array(rows, dtype=np.float64).reshape(len(self._kinds), block_fields(len(self.lossy)))
         self._gradients.update(table[:, 0], table[:, 1:3])
+        changes = np.full((len(self.lossy), len(self._kinds), 4), math.nan)
         for number, errors in enumerate(self._errors):
+            expected = np.stack([self._own_or_mean(column) for column in errors.values.T], axis=1)
             start = 3 + 5 * number
-            updated = errors.update(table[:, start], table[:, start + 1 : start + 5])
-            self._levels[number][updated] = self._level(errors)[updated]
+            for block in errors.update(table[:, start], table[:, start + 1 : start + 5]):
+                changes[number, block] = _change(errors.values[block], expected[block])
+        self._follow(changes)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -73,7 +81,6 @@ class ExpectedErrors:
             "gradients": self._gradients.plain(),
             "weights": self._weights.plain(),
             "errors": means,
-            "levels": {name: level.tolist() for name, level in zip(self.lossy, self._levels, strict=True)},
             "dropped_probes": self.dropped_probes,
         }
 
@@ -84,7 +91,6 @@ class ExpectedErrors:
         for number, name in enumerate(self.lossy):
             if name in state["errors"]:
                 self._errors[number].restore(state["errors"][name])
-                self._levels[number] = np.array(state["levels"][name], dtype=np.float64)
         self.dropped_probes = state["dropped_probes"]
 
     def probes(self) -> NDArray[np.int64]:
@@ -92,7 +98,7 @@ class ExpectedErrors:
         return np.stack([errors.updates for errors in self._errors], axis=1)
 
     def own(self, storage: str) -> Array:
-        """[blocks]: squared relative error of the block's own gradients, as last probed; NaN before."""
+        """[blocks]: squared relative error of the block's own gradients, as probed; NaN before."""
         return self._errors[self.lossy.index(storage)].values[:, 0].copy()
 
     def squared(self, metric: str, values: Sequence[float]) -> Array:
@@ -109,12 +115,9 @@ class ExpectedErrors:
         weights = self._shares(signal, metric == "influence")
         earlier = np.cumsum(weights)[:-2]
         columns = []
-        for errors, level in zip(self._errors, self._levels, strict=True):
-            if metric == "influence":
-                e_squared, f_squared = (self._mean_of_kind(column) for column in errors.values.T[2:])
-            else:
-                grown = errors.values * self._growth(errors, level)
-                e_squared, f_squared = (self._most_of_kind(column) for column in grown.T[2:])
+        constant = self._mean_of_kind if metric == "influence" else self._most_of_kind
+        for errors in self._errors:
+            e_squared, f_squared = (constant(column) for column in errors.values.T[2:])
             columns.append(e_squared / coherence * weights[1:-1] + f_squared * branch * earlier)
         return _infinite_where_unknown(np.stack(columns, axis=1))
 
@@ -127,18 +130,25 @@ class ExpectedErrors:
         own = (self._mean_of_kind(gain) if by_kind else self._most_of_kind(gain)) * signal
         return _shared_out(np.concatenate(([0.0], own, [0.0])))
 
-    def _level(self, errors: _Means) -> Array:
-        """[blocks, fields]: the mean of what was last measured on the blocks of the kind."""
-        return np.stack([self._mean_of_kind(column) for column in errors.values.T], axis=1)
-
-    def _growth(self, errors: _Means, then: Array) -> Array:
-        """[blocks, fields]: how much the kind's level has risen since the block's last probe, at least 1."""
-        now = self._level(errors)
-        return np.maximum(1.0, np.divide(now, then, out=np.ones_like(now), where=then > 0))
+    def _follow(self, changes: Array) -> None:
+        """What was not probed changes with what was: [lossy, blocks, fields], NaN where there was no probe."""
+        for kind in np.unique(self._kinds):
+            twins = self._kinds == kind
+            found = changes[:, twins].reshape(-1, changes.shape[2])
+            found = found[~np.isnan(found[:, 0])]
+            if not len(found):
+                continue
+            rise = np.exp(TREND * found.mean(axis=0))
+            for errors, probed in zip(self._errors, ~np.isnan(changes[:, :, 0]), strict=True):
+                errors.values[twins & ~probed] *= rise
 
     def _mean_of_kind(self, column: Array) -> Array:
         """[blocks]: over the probed blocks of the kind; NaN where there is none."""
         return self._of_kind(column, lambda known: float(known.mean()))
+
+    def _own_or_mean(self, column: Array) -> Array:
+        """[blocks]: the block's own number, or before its first probe the mean of its kind; NaN if there is none."""
+        return np.where(np.isnan(column), self._mean_of_kind(column), column)
 
     def _most_of_kind(self, column: Array) -> Array:
         """[blocks]: the block's own number, or before its first probe the largest of its kind; NaN if there is none."""
@@ -155,9 +165,10 @@ class ExpectedErrors:
 
 
 class _Means:
-    """Running means [blocks, fields], NaN before a block's first sample."""
+    """Running means [blocks, fields], NaN before a block's first sample; a new one weighs at least 1 / ``memory``."""
 
-    def __init__(self, blocks: int, fields: int) -> None:
+    def __init__(self, blocks: int, fields: int, memory: int) -> None:
+        self._memory = memory
         self.values: Array = np.full((blocks, fields), math.nan)
         self.updates: NDArray[np.int64] = np.zeros(blocks, dtype=np.int64)
 
@@ -166,7 +177,7 @@ class _Means:
         sound = (counts >= 1) & np.isfinite(counts) & np.isfinite(sums).all(axis=1) & (sums >= 0).all(axis=1)
         for block in np.flatnonzero(sound):
             self.updates[block] += 1
-            weight = 1 / min(int(self.updates[block]), MEMORY)
+            weight = 1 / min(int(self.updates[block]), self._memory)
             old = self.values[block] if self.updates[block] > 1 else 0.0
             self.values[block] = (1 - weight) * old + weight * sums[block] / counts[block]
         return np.flatnonzero(sound)
@@ -186,6 +197,14 @@ class _Means:
 def _shared_out(weights: Array) -> Array:
     shares: Array = weights / weights.sum()
     return shares
+
+
+def _change(measured: Array, expected: Array) -> Array:
+    """Logarithms; 0 where nothing was known."""
+    known = (expected > 0) & (measured > 0)
+    ratio = np.divide(measured, expected, out=np.ones_like(measured), where=known)
+    change: Array = np.log(np.clip(ratio, 1 / _LARGEST_RISE, _LARGEST_RISE))
+    return change
 
 
 def _infinite_where_unknown(errors: Array) -> Array:

@@ -82,15 +82,37 @@ def test_without_gradients_of_parameters_shares_come_from_probes() -> None:
     assert _errors(expected, "probe", VALUES) == pytest.approx([0.1 * 4 / 20, 0.1 * 4 / 20, 0.1 * 12 / 20])
 
 
-def test_an_older_probe_grows_with_its_kind() -> None:
+def test_what_was_not_probed_grows_with_its_kind() -> None:
     expected = ExpectedErrors((0, 0), ["compress4"])
     weights = [0.0, 1.0, 1.0, 0.0, 1.0]
     expected.update(_window(_probe(0.1, 0.0), _probe(0.1, 0.0)), weights)
-    expected.update(_window(NO_PROBE, _probe(0.5, 0.0)), weights)
-    assert expected.own("compress4") == pytest.approx([0.1, 0.3])
-    assert _errors(expected, "probe", TWO) == pytest.approx([0.1 * 2 / 2, 0.3 / 2])
-    expected.update(_window(NO_PROBE, _probe(0.01, 0.0)), weights)
-    assert _errors(expected, "probe", TWO)[0] == pytest.approx(0.1 * (0.1 + 0.155) / 2 / 0.1 / 2)
+    expected.update(_window(NO_PROBE, _probe(0.4, 0.0)), weights)
+    assert expected.own("compress4") == pytest.approx([0.2, 0.4])
+    assert _errors(expected, "probe", TWO) == pytest.approx([0.2 / 2, 0.4 / 2])
+    expected.update(_window(NO_PROBE, _probe(0.1, 0.0)), weights)
+    assert _errors(expected, "probe", TWO) == pytest.approx([0.1 / 2, 0.1 / 2])
+    expected.update(_window(NO_PROBE, _probe(100.0, 0.0)), weights)
+    assert expected.own("compress4") == pytest.approx([0.2, 100.0])
+
+
+def test_errors_of_all_storages_grow_together_and_other_kinds_by_themselves() -> None:
+    expected = ExpectedErrors((0, 0, 1), ["compress8", "compress4"])
+    row = [*_probe(0.01, 0.001), *_probe(0.1, 0.01)[3:]]
+    nothing = [0.0] * len(row)
+    expected.update(_window(row, nothing, row), WEIGHTS)
+    before = expected.squared("influence", VALUES)
+    expected.update(_window(nothing, [*_probe(0.04, 0.004), *[0.0] * 5], nothing), WEIGHTS)
+    assert expected.own("compress4") == pytest.approx([0.2, math.nan, 0.1], nan_ok=True)
+    after = expected.squared("influence", VALUES)
+    assert after[:2, 1] == pytest.approx(2 * before[:2, 1])
+    assert after[2] == pytest.approx(before[2])
+
+
+def test_several_probes_in_a_window_count_by_their_mean() -> None:
+    expected = ExpectedErrors(THREE, ["compress4"])
+    expected.update(_window(*[_probe(0.1, 0.01)] * 3), WEIGHTS)
+    expected.update(_window(_probe(0.2, 0.01), _probe(0.05, 0.01), NO_PROBE), WEIGHTS)
+    assert expected.own("compress4") == pytest.approx([0.2, 0.05, 0.1])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
