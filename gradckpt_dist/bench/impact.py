@@ -164,6 +164,15 @@ class _Comparison:
         return regret
 
 
+def _of_all_pairs(rows: Rows, step: int) -> float:
+    """Spearman over blocks and storages together, at this step."""
+    predicted, true = (
+        np.array([value for row in rows if row["step"] == step for value in row[name]])
+        for name in ("predicted_error", "true_error")
+    )
+    return spearman(predicted, true) or 0.0
+
+
 def _agreement(predicted: Array, true: Array) -> dict[str, Any]:
     ratios = predicted / true
     return {
@@ -208,6 +217,7 @@ def _summary(metric: str, rows: Rows, plans: Rows) -> dict[str, Any]:
             "median_spearman": median(correlations),
             "least_spearman": min(correlations),
             "median_ratio": median(ratios),
+            "least_spearman_of_all_pairs": min(_of_all_pairs(mine, step) for step in {row["step"] for row in mine}),
             "least_median_ratio": min(ratios),
             "largest_median_ratio": max(ratios),
         }

@@ -10,6 +10,12 @@ from gradckpt_dist.config_checks import byte_count
 from gradckpt_dist.cost.limits import Limits
 from gradckpt_dist.cost.table import CostTable
 
+PLANNED_SHARE = 0.75
+"""Of the gradient tolerance. What is predicted is a mean: single steps differ, and errors rise until the next decision.
+
+`gradckpt bench impact` shows what is left of it.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
@@ -36,9 +42,10 @@ class Budget:
     def limits(self, costs: CostTable, available_bytes: int) -> Limits:
         """Limits of a rank; ``available_bytes`` is what the tightest rank may use in all.
 
-        A fraction lies between the peaks of full recompute and of keep, and needs no reserve.
+        A fraction lies between the peaks of full recompute and of keep, and needs no reserve. Of the gradient tolerance
+        ``PLANNED_SHARE`` may be planned.
         """
-        squared_error = self.gradient_tolerance**2
+        squared_error = (PLANNED_SHARE * self.gradient_tolerance) ** 2
         if isinstance(self.memory_budget, str):
             return Limits(
                 peak_bytes=self.limit_bytes(available_bytes),

@@ -13,7 +13,7 @@ class Limits:
     """The most that a rank may hold, and the most that its gradients may be off.
 
     ``peak_bytes`` counts all that the rank holds, ``CostTable.fixed_bytes`` included; ``reserve_bytes`` of it are to
-    stay free. ``squared_error`` is the square of the gradient tolerance; at 0 only exact storages are left.
+    stay free. ``squared_error`` is the most that may be predicted; at 0 only exact storages are left.
 
     Raises:
         GradckptError: a negative or non-finite limit.
