@@ -34,7 +34,8 @@ def bench_impact(*, quick: bool) -> dict[str, Any]:
     holds in forward order; ``regret_seconds`` is
     of the plan that the metric's errors lead to, over the plan's with true errors, at the first of ``tolerances``;
     ``plans`` has it at all, for the baselines too, and whether the plan truly keeps to the tolerance.
-    ``realised``: the error of the gradient under the mask in force, in the worst of a few steps. ``summary`` leaves out
+    ``realised``: the error of the gradient under the mask in force, in the worst of a few steps; ``additivity``: as it
+    adds up from blocks alone, and as it is. ``summary`` leaves out
     the first step, when all blocks are alike.
     """
     extent = _QUICK if quick else _FULL
@@ -54,6 +55,7 @@ def bench_impact(*, quick: bool) -> dict[str, Any]:
         summary={name: _summary(name, rows, plans) for name in dict.fromkeys(plan["metric"] for plan in plans)},
         largest_share_of_tolerance=max(row["realised"] / row["tolerance"] for row in realised),
         plans=plans,
+        additivity=runs[0]["additivity"],
         realised=realised,
     )
 
@@ -74,7 +76,12 @@ def _measure(rank: int, extent: dict[str, Any], tolerance: float, compare: bool)
             realised.append({"step": step, "tolerance": tolerance, **_realised(training, samples, limits.draws)})
         progress(f"tolerance {tolerance}: step {step} of {limits.steps}")
     training.engine.disable()
-    return {"rows": comparison.rows, "plans": comparison.plans, "realised": realised}
+    return {
+        "rows": comparison.rows,
+        "plans": comparison.plans,
+        "additivity": comparison.additivity,
+        "realised": realised,
+    }
 
 
 def _spread(last: int, count: int, first: int) -> list[int]:
@@ -112,6 +119,7 @@ class _Comparison:
         self._first: Array | None = None
         self.rows: Rows = []
         self.plans: Rows = []
+        self.additivity: Rows = []
 
     def add(self, step: int, samples: Sequence[Sample]) -> None:
         """Measure the true errors at this step, and hold the predictions against them."""
@@ -121,6 +129,7 @@ class _Comparison:
         lossy = lossy_of(evidence.costs)
         true = self._true(lossy, samples)
         self._first = true if self._first is None else self._first
+        self.additivity.append({"step": step, **self._added_up(evidence.current.storages, lossy, true, samples)})
         predicted = {metric: self._training.predicted(metric) for metric in METRICS}
         for tolerance in TOLERANCES:
             planner = Planner(
@@ -157,6 +166,15 @@ class _Comparison:
                 squares = [errors.squared_error(storages, sample, exact) for _ in range(draws)]
                 total[block, column] += sum(squares) / draws
         return total / len(samples)
+
+    def _added_up(
+        self, mask: Sequence[str], lossy: Sequence[str], true: Array, samples: Sequence[Sample]
+    ) -> dict[str, float]:
+        """The error under the mask in force, from those of blocks alone, and measured."""
+        errors = self._training.errors
+        squares = [errors.squared_error(mask, sample, errors.exact(sample)) for sample in samples]
+        alone = sum(float(true[block, lossy.index(name)]) for block, name in enumerate(mask) if name in lossy)
+        return {"from_blocks_alone": math.sqrt(alone), "measured": math.sqrt(sum(squares) / len(squares))}
 
     def _regret(self, step: int, metric: str) -> float:
         wanted = {"step": step, "metric": metric, "tolerance": TOLERANCES[0]}

@@ -45,6 +45,9 @@ def test_quick_run_prints_one_object(tmp_path: Path) -> None:
     assert {"name", "versions", "machine", "command", "rows", "stated_extra_seconds", "summary"} <= set(result)
     _check_rows(result["rows"], result["extent"])
     _check_plans(result["plans"])
+    for row in result["additivity"]:
+        assert row["measured"] == pytest.approx(row["from_blocks_alone"], rel=0.2)
+    assert len(result["additivity"]) == result["extent"]["points"]
     assert [row["tolerance"] for row in result["realised"]] == [TOLERANCES[0]] * 2 + [TOLERANCES[1]] * 2
     for row in result["realised"]:
         assert 0 <= row["root_mean_square"] <= row["realised"]
