@@ -48,10 +48,9 @@ class ProbeTurn:
 class ProbeSchedule:
     """Which turns each sampled step has; a function of its number alone, so that all ranks have the same.
 
-    First, the first block of each kind under all ``storages``, twice. Then one block after another, each under another
-    storage, so that none goes without a probe for long; lossy ones more often; at the rate that ``SHARE`` allows: a
-    step is taken to last at least as long as its blocks, hence ``blocks`` runs of one. ``samples`` are the sampled
-    steps of an interval.
+    First, the first block of each kind under all ``storages``, twice. Then one storage on one block after another,
+    lossy ones more often, at the rate that ``SHARE`` allows: a step is taken to last at least as long as its blocks,
+    hence ``blocks`` runs of one. ``samples`` are the sampled steps of an interval.
     """
 
     kinds: tuple[int, ...]
@@ -73,7 +72,7 @@ class ProbeSchedule:
     def _item(self, item: int) -> ProbeTurn:
         sweep, block = divmod(item, len(self.kinds))
         cycle = self._cycle()
-        return ProbeTurn(block=block, storages=(cycle[(block + sweep) % len(cycle)],))
+        return ProbeTurn(block=block, storages=(cycle[sweep % len(cycle)],))
 
     def _cycle(self) -> list[str]:
         lossy = [name for name in self.storages if name in self.lossy]

@@ -56,19 +56,6 @@ def test_lossy_storages_come_more_often_than_exact_ones() -> None:
     assert seen["compress8"] == pytest.approx(2 * seen["offload"], rel=0.1)
 
 
-def test_no_lossy_storage_goes_without_a_probe_for_long_and_each_comes_to_every_block() -> None:
-    storages = ("keep", "recompute", "compress8", "compress4")
-    schedule = _schedule((0,) * 6, 50, storages)
-    turns = [turn for number in range(2, 20_000) for turn in schedule.turns(number)]
-    names = [turn.storages[0] for turn in turns]
-    cycle = storages[1:]
-    for start in range(len(names) - 2 * len(cycle)):
-        assert set(names[start : start + 2 * len(cycle)]) == set(cycle)
-    assert {(turn.block, turn.storages[0]) for turn in turns[: 6 * len(cycle)]} == {
-        (block, name) for block in range(6) for name in cycle
-    }
-
-
 def test_only_the_first_call_of_a_step_is_probed() -> None:
     probed = Probed(build(), NAMES[:2])
     probed.begin(1)

@@ -10,7 +10,7 @@ from gradckpt_dist.config_checks import byte_count
 from gradckpt_dist.cost.limits import Limits
 from gradckpt_dist.cost.table import CostTable
 
-PLANNED_SHARE = 0.75
+PLANNED_SHARE = 0.5
 """Of the gradient tolerance. What is predicted is a mean: single steps differ, and errors rise until the next decision.
 
 `gradckpt bench impact` shows what is left of it.

@@ -195,11 +195,11 @@ def _looked_at(tolerance: float) -> Iterator[tuple[tuple[str, ...], float]]:
     engine.disable()
 
 
-@pytest.mark.parametrize("tolerance", [0.005, 0.0035])
+@pytest.mark.parametrize("tolerance", [0.01, 0.007])
 def test_the_realised_error_of_the_gradient_is_within_the_tolerance(tolerance: float) -> None:
     looked_at = list(_looked_at(tolerance))
     assert len(looked_at) == 6
     for mask, error in looked_at:
         assert error <= tolerance
         assert (error > 0) == bool(set(mask) & set(LOSSY_STORAGES))
-    assert looked_at[-1][1] > 0.5 * tolerance
+    assert looked_at[-1][1] > 0.3 * tolerance
