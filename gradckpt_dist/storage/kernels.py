@@ -2,9 +2,10 @@
 
 A tensor comes as [chunks, 128, 16], and the 128 values of a group lie 16 apart: code for a CPU then works on 16 groups
 at once, with nothing to add up across a vector. A group's origin is its minimum, in the input's dtype: one of its
-values, hence exact. Its scale is rounded up to what a bfloat16 holds, so that the largest value still has a code; beside
-float16, which code generation for the CPU does not mix with bfloat16, it is kept as a float32. What is not finite, or
-spans more than half of what a float32 can hold, makes its group's origin NaN, and so the whole group when it comes back.
+values, hence exact. Its scale is rounded up to what a bfloat16 holds, so that the largest value still has a code.
+Beside float16, which code generation for the CPU does not mix with bfloat16, it is kept as a float32. What is not
+finite, or spans more than half of what a float32 can hold, makes the origin of its group NaN, and with it the whole
+group when it comes back.
 """
 
 from __future__ import annotations
