@@ -63,7 +63,7 @@ class Engine:
         self._agreement = agreement
         self._policy = create_policy(config)
         self._schedule = Schedule(warmup_steps=config.warmup_steps, interval=config.interval)
-        self._gate = Gate()
+        self._gate = Gate(config.seed)
         self._runtimes = [BlockRuntime(i, block.module, self._gate, config.seed) for i, block in enumerate(blocks)]
         self._switches = [BlockSwitch(block, run) for block, run in zip(blocks, self._runtimes, strict=True)]
         self._impact = create_impact(config.impact, len(blocks), device)
@@ -161,7 +161,7 @@ class Engine:
         self._wake_step = self._step + 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values with which another run goes on: mask, epoch, step, agreed impacts and bytes, theta.
+        """Plain values with which another run goes on: mask, epoch, step, agreed impacts and bytes, theta, noise.
 
         It is the same on every rank and holds nothing that depends on their number.
         """
@@ -174,6 +174,7 @@ class Engine:
             "pinned": self._pinned,
             "theta": self._theta,
             "knowledge": self._knowledge.state_dict(),
+            "noise": self._gate.context.noise.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -193,6 +194,7 @@ class Engine:
         self._agreement.compare({"epoch": mask.epoch, "mask": list(storages), "step": state["step"]}, self._step)
         self._drain()
         self._knowledge.load_state_dict(state["knowledge"])
+        self._gate.context.noise.load_state_dict(state["noise"])
         self._pinned, self._theta = state["pinned"], state["theta"]
         self._step, self._wake_step = state["step"], state["step"] + 1
         self._apply(mask)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from gradckpt_dist.storage import Forward, Storage, StorageContext, create_storage
+from gradckpt_dist.storage.noise import NoiseSource
 
 
 class Watch(Protocol):
@@ -23,8 +24,8 @@ class Gate:
 
     __slots__ = ("context", "open", "watch")
 
-    def __init__(self) -> None:
-        self.context = StorageContext()
+    def __init__(self, seed: int = 0) -> None:
+        self.context = StorageContext(noise=NoiseSource(seed))
         self.open = False
         self.watch: Watch | None = None
 

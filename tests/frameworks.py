@@ -66,7 +66,7 @@ def wrap(model: nn.Module, framework: str) -> nn.Module:
     if framework in {"fsdp1", "fsdp1_flat"}:
         return FullyShardedDataParallel(
             model,
-            auto_wrap_policy=ModuleWrapPolicy({Block}),
+            auto_wrap_policy=ModuleWrapPolicy({type(block) for block in model.blocks}),
             device_id=torch.device("cpu"),
             use_orig_params=framework == "fsdp1",
         )
@@ -94,8 +94,16 @@ def without_sync(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def train(model: nn.Module, *, steps: int, accumulate: int = 1, autocast: bool = False, seed: int = 0) -> list[Tensor]:
-    """Losses and gradients of every step, each rank on data of its own; RNG state last."""
+def train(
+    model: nn.Module,
+    *,
+    steps: int,
+    accumulate: int = 1,
+    autocast: bool = False,
+    seed: int = 0,
+    shape: tuple[int, ...] = (8, WIDTH),
+) -> list[Tensor]:
+    """Losses, gradients and buffers of every step, each rank on data of its own; RNG state last."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     torch.manual_seed(100 + rank + seed)
     data = torch.Generator().manual_seed(rank + seed)
@@ -104,13 +112,14 @@ def train(model: nn.Module, *, steps: int, accumulate: int = 1, autocast: bool =
     for _ in range(steps):
         optimizer.zero_grad()
         for left in reversed(range(accumulate)):
-            batch = torch.randn(8, WIDTH, generator=data)
+            batch = torch.randn(shape, generator=data)
             if left:
                 with without_sync(model):
                     record.append(_backward(model, batch, autocast))
             else:
                 record.append(_backward(model, batch, autocast))
         record += [local(p.grad).clone() for p in model.parameters() if p.grad is not None]
+        record += [buffer.clone() for buffer in model.buffers()]
         optimizer.step()
     return [*record, torch.get_rng_state()]
 

@@ -130,7 +130,8 @@ class Ledger:
         return sum(sizes.values())
 
     def _pack(self, tensor: torch.Tensor) -> Any:
-        return _Held(tensor, self) if _countable(tensor) else tensor
+        # An output that kept its history would keep the node that saves it alive, and itself with it.
+        return _Held(tensor.detach(), self) if _countable(tensor) else tensor
 
     def _acquire(self, key: int, size_bytes: int) -> None:
         count = self._refs.get(key, 0)

@@ -15,9 +15,15 @@ from gradckpt_dist.storage.base import Forward, Storage
 from gradckpt_dist.storage.context import StorageContext
 from gradckpt_dist.storage.lane import Fetchable, OffloadLane
 from gradckpt_dist.storage.ledger import is_parameter
-
-SMALL_BYTES = 16 * 1024
-"""Tensors whose storage is smaller stay where they are."""
+from gradckpt_dist.storage.saved import (
+    Account,
+    Kept,
+    VersionCheck,
+    buffer_storages,
+    is_movable,
+    is_plain,
+    without_memory,
+)
 
 
 class Offload(Storage):
@@ -36,7 +42,7 @@ class Offload(Storage):
     def __init__(self, block: nn.Module, lane: OffloadLane) -> None:
         super().__init__(block)
         self._lane = lane
-        self._account = _Account()
+        self._account = Account()
 
     @classmethod
     def create(cls, block: nn.Module, context: StorageContext) -> Self:
@@ -61,20 +67,12 @@ class Offload(Storage):
             call.seal()
 
 
-class _Account:
-    """Live bytes of one block."""
-
-    def __init__(self) -> None:
-        self.held_bytes = 0
-        self.host_bytes = 0
-
-
 class _Copy:
     """One storage in a host buffer, fetched at most once, alive for as long as a node has it saved."""
 
     __slots__ = ("__weakref__", "_account", "_buffer", "_device", "_flat", "_lane", "_ready", "_size_bytes")
 
-    def __init__(self, flat: torch.Tensor, buffer: torch.Tensor, lane: OffloadLane, account: _Account) -> None:
+    def __init__(self, flat: torch.Tensor, buffer: torch.Tensor, lane: OffloadLane, account: Account) -> None:
         self._buffer = buffer
         self._lane = lane
         self._account = account
@@ -105,42 +103,22 @@ class _Copy:
             self._account.held_bytes -= self._size_bytes
 
 
-class _Kept:
-    """One storage that stays on the device, counted for as long as a node has it saved."""
-
-    __slots__ = ("_account", "_size_bytes")
-
-    def __init__(self, size_bytes: int, account: _Account) -> None:
-        self._size_bytes = size_bytes
-        self._account = account
-        account.held_bytes += size_bytes
-
-    def __del__(self) -> None:
-        self._account.held_bytes -= self._size_bytes
-
-
 class _Saved:
     """A saved tensor whose storage is on the host, or without a ``copy`` one that has stayed."""
 
-    __slots__ = ("_call", "_copy", "_dtype", "_kept", "_place", "_tensor", "_version")
+    __slots__ = ("_call", "_check", "_copy", "_dtype", "_kept", "_place", "_tensor")
 
-    def __init__(self, tensor: torch.Tensor, call: _Call, copy: _Copy | None, kept: _Kept | None) -> None:
+    def __init__(self, tensor: torch.Tensor, call: _Call, copy: _Copy | None, kept: Kept | None) -> None:
         self._call = call
         self._copy = copy
         self._kept = kept
         self._dtype = tensor.dtype
         self._place = (tensor.storage_offset(), tensor.shape, tensor.stride()) if copy is not None else None
-        self._version = tensor._version
-        self._tensor = tensor if copy is None else _without_memory(tensor)
+        self._tensor = tensor if copy is None else without_memory(tensor)
+        self._check = VersionCheck(tensor, self._tensor)
 
     def tensor(self) -> torch.Tensor:
-        # A saved tensor with hooks escapes autograd's own version check.
-        if self._tensor._version != self._version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation after "
-                f"its block had saved it: {self._dtype} is at version {self._tensor._version}, expected version "
-                f"{self._version}; write to a clone instead"
-            )
+        self._check.verify()
         self._call.begin_backward()
         if self._copy is None or self._place is None:
             return self._tensor
@@ -150,13 +128,13 @@ class _Saved:
 class _Call:
     """One forward of one block."""
 
-    def __init__(self, lane: OffloadLane, account: _Account, block: nn.Module, device: torch.device | None) -> None:
+    def __init__(self, lane: OffloadLane, account: Account, block: nn.Module, device: torch.device | None) -> None:
         self._lane = lane
         self._account = account
         self._device = device
-        self._buffers = {buffer.untyped_storage()._cdata for buffer in block.buffers() if _is_plain(buffer)}
+        self._buffers = buffer_storages(block)
         # The weak references keep a storage's identity from being used again while it is a key.
-        self._seen: dict[tuple[int, int], tuple[StorageWeakRef, _Copy | _Kept]] = {}
+        self._seen: dict[tuple[int, int], tuple[StorageWeakRef, _Copy | Kept]] = {}
         self._copies: list[weakref.ref[_Copy]] = []
         self._previous: weakref.ref[Fetchable] | None = None
         self._in_backward = False
@@ -167,7 +145,7 @@ class _Call:
             return _Saved(tensor, self, None, None)
         # An output that kept its history would keep the node that saves it alive, and itself with it.
         tensor = tensor.detach()
-        if not _is_plain(tensor):
+        if not is_plain(tensor):
             return _Saved(tensor, self, None, None)
         storage = tensor.untyped_storage()
         key = (storage._cdata, tensor._version)
@@ -200,37 +178,20 @@ class _Call:
             if copy is not None:
                 copy.fetch()
 
-    def _put(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> _Copy | _Kept:
+    def _put(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> _Copy | Kept:
         if self._may_move(tensor, storage):
             buffer = self._lane.take(storage.nbytes(), tensor.device)
             if buffer is not None:
                 flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
                 return _Copy(flat, buffer, self._lane, self._account)
-        return _Kept(storage.nbytes(), self._account)
+        return Kept(storage.nbytes(), self._account)
 
     def _may_move(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> bool:
-        return (
-            storage.nbytes() >= SMALL_BYTES
-            and tensor.device == self._device
-            and storage._cdata not in self._buffers
-            and not (tensor.is_conj() or tensor.is_neg())
-            and not any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        )
+        return is_movable(tensor) and tensor.device == self._device and storage._cdata not in self._buffers
 
 
 def _unpack(saved: _Saved) -> torch.Tensor:
     return saved.tensor()
-
-
-def _is_plain(tensor: torch.Tensor) -> bool:
-    return type(tensor) is torch.Tensor and tensor.layout is torch.strided
-
-
-def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that shares this one's version counter and not its storage."""
-    probe = tensor.detach()
-    probe.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return probe
 
 
 def _device_of(block: nn.Module, args: Any, kwargs: Any) -> torch.device | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 from torch import nn
@@ -15,6 +15,9 @@ from gradckpt_dist.storage.buffers import BufferGuard
 
 class Passes(Protocol):
     """What surrounds the passes of one call of a block through its forward."""
+
+    def around(self) -> AbstractContextManager[None]:
+        """Entered around the call, where checkpoint saves its inputs and its hooks are not in force."""
 
     def first(self) -> AbstractContextManager[None]:
         """Entered around the forward pass."""
@@ -56,7 +59,8 @@ class Recompute(Storage):
             with buffers.substituted(snapshot), passes.again():
                 return forward(*values[:split], **keyword_values)
 
-        return checkpoint(call, *args, *kwargs.values(), use_reentrant=False, preserve_rng_state=True)
+        with passes.around():
+            return checkpoint(call, *args, *kwargs.values(), use_reentrant=False, preserve_rng_state=True)
 
     def _passes(self, inputs: tuple[Any, ...]) -> Passes:
         """What surrounds the passes of a call with these inputs, made anew for each call."""
@@ -67,9 +71,11 @@ class _InFull:
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
 
-    @contextmanager
-    def first(self) -> Iterator[None]:
-        yield
+    def around(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def first(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     @contextmanager
     def again(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from frameworks import assert_bitwise
+from models import operations
 from support import run_distributed_test
 from text_model import GPT
 
@@ -26,7 +27,8 @@ CONFIG = {
 }
 
 
-def _train(storage: str | None) -> list[torch.Tensor]:
+def _train(storage: str | None) -> tuple[list[torch.Tensor], int]:
+    """Losses and gradients of three steps, and the matrix products in the last one's backward."""
     import deepspeed
 
     torch.manual_seed(0)
@@ -42,27 +44,31 @@ def _train(storage: str | None) -> list[torch.Tensor]:
     for _ in range(3):
         tokens = torch.randint(11, (4, 32))
         loss = engine(tokens).square().mean()
-        engine.backward(loss)
+        with operations() as names:
+            engine.backward(loss)
         record += [deepspeed.utils.safe_get_full_grad(parameter).clone() for parameter in model.parameters()]
         engine.step()
         record.append(loss.detach().clone())
     if plugin is not None:
         plugin.disable()
     engine.destroy()
-    return record
+    return record, sum(name.startswith(("aten.mm", "aten.addmm")) for name in names)
 
 
 def _check_all_storages() -> None:
     os.environ |= {"LOCAL_RANK": str(dist.get_rank()), "DS_ACCELERATOR": "cpu"}
-    reference = _train(None)
+    reference, products = _train(None)
+    done = {}
     for name in STORAGE_NAMES:
         if name not in STORAGES:
             continue
-        ours = _train(name)
+        ours, done[name] = _train(name)
         if STORAGES[name].exact:
             assert_bitwise(ours, reference)
         else:
             assert _relative_error(ours, reference) < 0.3
+    assert done["keep"] == done["selective"] == done["selective8"] == done["selective4"] == products
+    assert done["keep"] < done["selective_half"] < done["recompute"]
 
 
 def _relative_error(ours: list[torch.Tensor], reference: list[torch.Tensor]) -> float:

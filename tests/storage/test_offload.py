@@ -18,7 +18,8 @@ from gradckpt_dist.storage.hostpool import HostPool
 from gradckpt_dist.storage.keep import Keep
 from gradckpt_dist.storage.lane import OffloadLane
 from gradckpt_dist.storage.ledger import Ledger
-from gradckpt_dist.storage.offload import SMALL_BYTES, Offload
+from gradckpt_dist.storage.offload import Offload
+from gradckpt_dist.storage.saved import SMALL_BYTES
 
 CPU = torch.device("cpu")
 KIB = 1024

@@ -1,0 +1,242 @@
+"""``compress8`` and ``compress4``: what backward will need is held in 8 or 4 bits a value."""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import nullcontext
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch._C import _functorch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves
+
+from gradckpt_dist.errors import StorageError
+from gradckpt_dist.storage.base import Forward, Storage
+from gradckpt_dist.storage.choice import Choice, SeenOperations, UnseenOperations
+from gradckpt_dist.storage.compiled import is_compiled
+from gradckpt_dist.storage.context import StorageContext
+from gradckpt_dist.storage.ledger import is_parameter
+from gradckpt_dist.storage.lineage import Lineage, Role
+from gradckpt_dist.storage.noise import NoiseSource
+from gradckpt_dist.storage.quantiser import DTYPES, Quantised, dequantise, quantise
+from gradckpt_dist.storage.saved import (
+    Account,
+    Kept,
+    VersionCheck,
+    is_movable,
+    is_plain,
+    without_memory,
+)
+
+_STATISTIC_FRACTION = 1 / 32
+"""A storage this much smaller than the largest one that was saved holds a statistic, and its bytes do not matter."""
+_ATTENTION_BITS = 8
+
+
+class Compress8(Storage):
+    """Quantises each saved activation once, when the block's forward is over, and restores it when backward asks.
+
+    Until then the block holds what ``keep`` holds. As they are stay: parameters, buffers, what was made of these alone
+    (weights cast by autocast), what is not float32, float16 or bfloat16, small and expanded tensors, tensor subclasses
+    (DTensor), statistics, inputs of the block that need no gradient and what was made of these alone, and on the CPU
+    tensors with a value that is not finite. In a compiled block, where the operations cannot be seen, everything else
+    that is saved and large counts as an activation.
+
+    A gradient of the gradient would be wrong without bound: ``create_graph`` and torch.func raise ``StorageError``.
+    """
+
+    name = "compress8"
+    exact = False
+    reruns = False
+    bits: ClassVar[int] = 8
+
+    def __init__(self, block: nn.Module, noise: NoiseSource) -> None:
+        super().__init__(block)
+        self._noise = noise
+        self._account = Account()
+
+    @classmethod
+    def create(cls, block: nn.Module, context: StorageContext) -> Self:
+        return cls(block, context.noise)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes held now for backward, compressed or not, each storage once, parameters excluded."""
+        return self._account.held_bytes
+
+    def run(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        call = CompressedCall(self.name, self._account)
+        inputs = tree_leaves((args, kwargs))
+        lineage = None if is_compiled(self.block) else Lineage(self.block, inputs)
+        with call.hooks(), lineage or nullcontext():
+            result = forward(*args, **kwargs)
+        choice = SeenOperations(lineage) if lineage is not None else UnseenOperations(self.block, inputs)
+        call.seal(choice, self.bits, self._noise)
+        return result
+
+
+class Compress4(Compress8):
+    """The same in 4 bits, stochastically rounded; queries, keys and values of attention in 8.
+
+    Attention's backward divides by a saved log-sum-exp that no longer matches them. In a compiled block they are told
+    by their shape: [batch, heads, tokens, width] beside a log-sum-exp [batch, heads, tokens].
+    """
+
+    name = "compress4"
+    bits = 4
+
+
+class _Place:
+    """One saved storage, alive for as long as a node has it saved: as it is, and after ``compress`` as codes."""
+
+    __slots__ = ("__weakref__", "_account", "_check", "_kept", "_quantised", "_restored", "as_is", "sample")
+
+    def __init__(self, tensor: Tensor, check: VersionCheck, account: Account) -> None:
+        self.sample: Tensor | None = tensor
+        """The tensor that was saved first; None once compressed."""
+        self.as_is = False
+        """Whether a view of it forbids to compress it."""
+        self._check = check
+        self._account = account
+        self._kept: Kept | None = Kept(tensor.untyped_storage().nbytes(), account)
+        self._quantised: Quantised | None = None
+        self._restored: StorageWeakRef | None = None
+
+    def compress(self, bits: int, noise: NoiseSource) -> None:
+        """Hold codes from now on, where all values are finite."""
+        if self.sample is None or self._check.changed:
+            return
+        quantised = quantise(_flat(self.sample), bits, noise)
+        if quantised is not None:
+            self._quantised = quantised
+            self._kept = Kept(quantised.size_bytes, self._account)
+            self.sample = None
+
+    def storage(self) -> torch.UntypedStorage:
+        """The storage again; one that is still alive is not restored twice."""
+        if self.sample is not None or self._quantised is None:
+            return self.sample.untyped_storage()  # type: ignore[union-attr]
+        alive = self._restored and torch.UntypedStorage._new_with_weak_ptr(self._restored.cdata)
+        if alive:
+            return alive
+        storage = dequantise(self._quantised).untyped_storage()
+        self._restored = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        return storage
+
+
+class _Saved:
+    """A saved tensor: a view of a ``_Place``, or without one itself."""
+
+    __slots__ = ("_check", "_dtype", "_layout", "_name", "_place", "_tensor")
+
+    def __init__(self, name: str, tensor: Tensor, check: VersionCheck, place: _Place | None, witness: Tensor) -> None:
+        self._name = name
+        self._check = check
+        self._place = place
+        self._dtype = tensor.dtype
+        self._layout = (tensor.storage_offset(), tensor.shape, tensor.stride()) if place is not None else None
+        self._tensor = witness
+
+    def tensor(self) -> Tensor:
+        self._check.verify()
+        refuse_double_backward(self._name)
+        if self._place is None or self._layout is None:
+            return self._tensor
+        empty = torch.empty(0, dtype=self._dtype, device=self._tensor.device)
+        return empty.set_(self._place.storage(), *self._layout)
+
+
+class CompressedCall:
+    """One forward of one block.
+
+    Raises:
+        StorageError: inside a torch.func transform.
+    """
+
+    def __init__(self, name: str, account: Account) -> None:
+        if _functorch.peek_interpreter_stack() is not None:
+            raise StorageError(
+                f"{name!r} cannot run under torch.func transforms (grad, vmap, jvp), which differentiate what it "
+                "approximates; use an exact storage for this block: keep, recompute, selective or offload"
+            )
+        self._name = name
+        self._account = account
+        # The weak references to storages keep their identities from being used again while they are keys.
+        self._places: dict[tuple[int, int], tuple[StorageWeakRef, weakref.ref[_Place]]] = {}
+
+    def hooks(self) -> saved_tensors_hooks:
+        """What is saved under these waits here for ``seal``."""
+        return saved_tensors_hooks(self._pack, _unpack)
+
+    def _pack(self, tensor: Tensor) -> _Saved:
+        if is_parameter(tensor):
+            # The object itself: ZeRO-3 swaps the memory behind it.
+            return _Saved(self._name, tensor, VersionCheck(tensor, tensor), None, tensor)
+        # An output that kept its history would keep the node that saves it alive, and itself with it.
+        tensor = tensor.detach()
+        if not is_plain(tensor):
+            return _Saved(self._name, tensor, VersionCheck(tensor, tensor), None, tensor)
+        witness = without_memory(tensor)
+        check = VersionCheck(tensor, witness)
+        place = self._place(tensor, check)
+        if not is_movable(tensor) or (place.sample is not None and place.sample.dtype != tensor.dtype):
+            place.as_is = True
+        return _Saved(self._name, tensor, check, place, witness)
+
+    def seal(self, choice: Choice, bits: int, noise: NoiseSource) -> None:
+        """End of the forward: compress what ``choice`` says of what is still saved."""
+        alive = [place for _, reference in self._places.values() if (place := reference()) is not None]
+        samples = [place.sample for place in alive if place.sample is not None]
+        largest_bytes = max((sample.untyped_storage().nbytes() for sample in samples), default=0)
+        for place in alive:
+            sample = place.sample
+            if sample is None or place.as_is or not _is_compressible(sample, largest_bytes):
+                continue
+            role = choice.role(sample, samples)
+            if role is not None:
+                place.compress(max(bits, _ATTENTION_BITS) if role is Role.ATTENDED else bits, noise)
+        self._places.clear()
+
+    def _place(self, tensor: Tensor, check: VersionCheck) -> _Place:
+        storage = tensor.untyped_storage()
+        key = (storage._cdata, tensor._version)
+        known = self._places[key][1]() if key in self._places else None
+        if known is not None:
+            return known
+        place = _Place(tensor, check, self._account)
+        self._places[key] = (StorageWeakRef(storage), weakref.ref(place))  # type: ignore[no-untyped-call]
+        return place
+
+
+def refuse_double_backward(name: str) -> None:
+    """Called in backward, where gradients are on if it is to be differentiated itself.
+
+    Raises:
+        StorageError: they are.
+    """
+    if torch.is_grad_enabled():
+        raise StorageError(
+            f"{name!r} holds what it saved only approximately, so that gradients of gradients (create_graph=True) "
+            "through its block would be wrong; use an exact storage for it: keep, recompute, selective or offload"
+        )
+
+
+def _is_compressible(tensor: Tensor, largest_bytes: int) -> bool:
+    size_bytes = tensor.untyped_storage().nbytes()
+    return (
+        tensor.dtype in DTYPES
+        and size_bytes % tensor.itemsize == 0
+        and size_bytes >= largest_bytes * _STATISTIC_FRACTION
+    )
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """All of the storage."""
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
+
+
+def _unpack(saved: _Saved) -> Tensor:
+    return saved.tensor()

@@ -1,0 +1,122 @@
+"""What the tensors inside a block's forward are, told from the operations that made them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from enum import Enum, auto
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gradckpt_dist.storage.ledger import is_parameter
+
+
+class Role(Enum):
+    """What a tensor's storage holds."""
+
+    ACTIVATION = auto()
+    """Depends on what the block was given to differentiate, or on a weight and something else."""
+    ATTENDED = auto()
+    """An activation that is query, key or value of an attention operation."""
+    WEIGHT = auto()
+    """A parameter or buffer, or made of nothing else: cast or transposed."""
+    OTHER = auto()
+    """Masks, indices, tables, statistics."""
+
+
+class Lineage(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Entered around a block's forward; afterwards says what the storages made or given there are.
+
+    A storage that no operation in there has made is unknown, and so no activation: a weight that the cache of autocast
+    has kept from another block, a table that is an attribute of a module.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, block: nn.Module, inputs: Iterable[Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._roles: dict[int, Role] = {}
+        for leaf in inputs:
+            if _has_storage(leaf):
+                self._roles[_key(leaf)] = Role.ACTIVATION if leaf.requires_grad else Role.OTHER
+        for weight in (*block.parameters(), *block.buffers()):
+            if _has_storage(weight):
+                self._roles[_key(weight)] = Role.WEIGHT
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled functions inside the block stay compiled."""
+        return True
+
+    def role(self, tensor: Tensor) -> Role | None:
+        """Of the storage of ``tensor``; None where it is unknown."""
+        return self._roles.get(_key(tensor))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        inputs = list(_operands((*args, *kwargs.values()) if kwargs else args))
+        outputs = (result,) if isinstance(result, Tensor) else result
+        if isinstance(outputs, (tuple, list)):
+            self._note(inputs, outputs)
+        if _is_attention(func):
+            for tensor in inputs[:3]:
+                if self.role(tensor) is Role.ACTIVATION:
+                    self._roles[_key(tensor)] = Role.ATTENDED
+        return result
+
+    def _note(self, inputs: list[Tensor], outputs: Iterable[Any]) -> None:
+        existing = {_key(tensor) for tensor in inputs}
+        role = self._derived(inputs)
+        for position, tensor in enumerate(outputs):
+            if not _has_storage(tensor):
+                continue
+            key = _key(tensor)
+            if key not in existing:
+                # What comes second is a statistic, a mask or a random state.
+                self._roles[key] = role if position == 0 else Role.OTHER
+            elif role is Role.ACTIVATION and self._roles.get(key) is Role.OTHER:
+                self._roles[key] = role  # written to
+
+    def _derived(self, inputs: list[Tensor]) -> Role:
+        """The role of what is made of these."""
+        floating = [tensor for tensor in inputs if tensor.is_floating_point() or tensor.is_complex()]
+        roles = {self._input_role(tensor) for tensor in floating}
+        if Role.ACTIVATION in roles or Role.ATTENDED in roles:
+            return Role.ACTIVATION
+        if roles == {Role.WEIGHT}:
+            return Role.WEIGHT
+        trains = any(tensor.requires_grad for tensor in floating)
+        return Role.ACTIVATION if trains and Role.WEIGHT in roles else Role.OTHER
+
+    def _input_role(self, tensor: Tensor) -> Role:
+        if is_parameter(tensor):
+            return Role.WEIGHT
+        known = self.role(tensor)
+        if known is None:
+            return Role.ACTIVATION if tensor.requires_grad and not tensor.is_leaf else Role.OTHER
+        return known
+
+
+def _operands(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among an operation's arguments, lists of tensors included."""
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from _operands(value)
+        elif _has_storage(value):
+            yield value
+
+
+@cache
+def _is_attention(func: Any) -> bool:
+    return "attention" in str(func)
+
+
+def _has_storage(value: Any) -> bool:
+    return isinstance(value, Tensor) and type(value) in {Tensor, nn.Parameter} and value.layout is torch.strided
+
+
+def _key(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)

@@ -1,0 +1,152 @@
+"""Tensors in 8 or 4 bits a value: group-wise affine, compiled at its first use."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo import config as dynamo_config
+from torch._dynamo import mark_dynamic
+from torch.overrides import _pop_mode_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
+
+from gradckpt_dist.errors import StorageError
+from gradckpt_dist.storage import kernels
+from gradckpt_dist.storage.noise import NoiseSource
+
+logger = logging.getLogger("gradckpt_dist")
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""What can be quantised."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Quantised:
+    """A tensor of ``shape`` as codes, with an origin and a scale for each 128 values, padded to a multiple of 2,048."""
+
+    codes: Tensor
+    origin: Tensor
+    scale: Tensor
+    bits: int
+    shape: torch.Size
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that it holds."""
+        return self.codes.nbytes + self.origin.nbytes + self.scale.nbytes
+
+
+def quantise(tensor: Tensor, bits: int, noise: NoiseSource) -> Quantised | None:
+    """``tensor`` (float32, float16 or bfloat16, any shape) in 8 or 4 bits a value.
+
+    8 bits round to nearest, which errs by half a level at most; 4 bits round stochastically, by less than a level and
+    without bias, with a seed from ``noise``. A level is (max - min) / 255 or / 15 of 128 values, and up to 1 % more. A
+    tensor that holds a value that is not finite, or spans over 1.7e38 within a group, gives None on the CPU; elsewhere
+    finding out would wait for the device, and the whole group comes back as NaN.
+
+    Raises:
+        StorageError: another dtype, or other ``bits``.
+    """
+    if tensor.dtype not in DTYPES or bits not in {4, 8}:
+        raise StorageError(
+            f"cannot quantise {tensor.dtype} in {bits} bits; give float32, float16 or bfloat16, and 8 or 4 bits"
+        )
+    with _plain_torch():
+        chunks = _chunked(tensor)
+        if bits == 8:
+            codes, origin, scale = _quantise8(chunks)
+        else:
+            seed = torch.full((1,), noise.draw(), dtype=torch.int32, device=tensor.device)
+            codes, origin, scale = _quantise4(chunks, seed)
+        if tensor.device.type == "cpu" and bool(origin.isnan().any()):
+            return None
+        return Quantised(codes=codes, origin=origin, scale=scale, bits=bits, shape=tensor.shape)
+
+
+def dequantise(quantised: Quantised) -> Tensor:
+    """The tensor again: contiguous, in its shape and dtype."""
+    with _plain_torch():
+        kernel = _dequantise8 if quantised.bits == 8 else _dequantise4
+        chunks: Tensor = kernel(quantised.codes, quantised.origin, quantised.scale)
+        return chunks.view(-1)[: quantised.shape.numel()].view(quantised.shape)
+
+
+class _Kernel:
+    """A function of ``kernels``, compiled at its first call; eager where that fails, and for a single chunk."""
+
+    _warned = False
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._compiled: Callable[..., Any] | None = None
+        self._eager = False
+
+    def __call__(self, first: Tensor, *others: Tensor) -> Any:
+        # torch.compile would make a graph of its own for sizes of 0 and 1.
+        if self._eager or first.shape[0] < 2:
+            return self._function(first, *others)
+        try:
+            if self._compiled is None:
+                self._compiled = _compile(self._function)
+            for tensor in (first, *(other for other in others if other.dim() == 3)):
+                mark_dynamic(tensor, 0)
+            return self._compiled(first, *others)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            self._eager = True
+            self._warn(error)
+            return self._function(first, *others)
+
+    @classmethod
+    def _warn(cls, error: Exception) -> None:
+        if not _Kernel._warned:
+            _Kernel._warned = True
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            logger.warning(
+                "gradckpt: torch.compile does not work here (%s), so that compressed blocks run eagerly: right, but "
+                "about ten times slower, which makes them slower than recompute; install a C++ compiler (Triton on a "
+                "GPU), or take the compress and selective8/4 storages out of the configuration",
+                reason,
+            )
+
+
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    if dynamo_config.disable:
+        raise RuntimeError("it has been disabled")
+    return torch.compile(function, fullgraph=True)
+
+
+_quantise8 = _Kernel(kernels.quantise8)
+_quantise4 = _Kernel(kernels.quantise4)
+_dequantise8 = _Kernel(kernels.dequantise8)
+_dequantise4 = _Kernel(kernels.dequantise4)
+
+
+def _chunked(tensor: Tensor) -> Tensor:
+    """[chunks, 128, 16]; padding repeats the last value, so that no group's range leaves that of the tensor."""
+    flat = tensor.detach().reshape(-1)
+    missing = -flat.numel() % kernels.CHUNK
+    if missing:
+        flat = torch.cat([flat, flat[-1:].expand(missing)])
+    return flat.view(-1, kernels.GROUP, kernels.LANES)
+
+
+@contextmanager
+def _plain_torch() -> Iterator[None]:
+    """No gradients, no autocast and no modes of the caller's: torch.compile would make a graph for each such state."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for device in ("cpu", torch._C._get_accelerator().type):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        if torch._C._len_torch_dispatch_stack():
+            stack.enter_context(_disable_current_modes())
+        while torch._C._len_torch_function_stack():
+            stack.enter_context(_pop_mode_temporarily())
+        yield

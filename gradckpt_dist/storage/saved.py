@@ -1,0 +1,87 @@
+"""What storages that replace saved tensors have in common."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+SMALL_BYTES = 16 * 1024
+"""Tensors whose storage is smaller stay as they are."""
+
+
+class Account:
+    """Live bytes of one block: on the device, and in host memory."""
+
+    def __init__(self) -> None:
+        self.held_bytes = 0
+        self.host_bytes = 0
+
+
+class Kept:
+    """One storage that stays on the device, counted for as long as a node has it saved."""
+
+    __slots__ = ("_account", "_size_bytes")
+
+    def __init__(self, size_bytes: int, account: Account) -> None:
+        self._size_bytes = size_bytes
+        self._account = account
+        account.held_bytes += size_bytes
+
+    def __del__(self) -> None:
+        self._account.held_bytes -= self._size_bytes
+
+
+class VersionCheck:
+    """Autograd's own check for in-place changes, which a saved tensor with hooks escapes."""
+
+    __slots__ = ("_dtype", "_expected", "_witness")
+
+    def __init__(self, tensor: Tensor, witness: Tensor) -> None:
+        """``witness`` shares the version counter of ``tensor``: itself, or one ``without_memory``."""
+        self._dtype = tensor.dtype
+        self._expected = tensor._version
+        self._witness = witness
+
+    @property
+    def changed(self) -> bool:
+        """Whether the tensor was changed since."""
+        return self._witness._version != self._expected
+
+    def verify(self) -> None:
+        """Raise as autograd would.
+
+        Raises:
+            RuntimeError: the tensor was changed in place after it had been saved.
+        """
+        if self.changed:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation after "
+                f"its block had saved it: {self._dtype} is at version {self._witness._version}, expected version "
+                f"{self._expected}; write to a clone instead"
+            )
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether this is an ordinary strided tensor, of no subclass."""
+    return type(tensor) is Tensor and tensor.layout is torch.strided
+
+
+def is_movable(tensor: Tensor) -> bool:
+    """Whether storage, offset, shape and stride say all about a plain tensor, and its storage is worth the effort."""
+    return (
+        tensor.untyped_storage().nbytes() >= SMALL_BYTES
+        and not (tensor.is_conj() or tensor.is_neg())
+        and not any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    )
+
+
+def buffer_storages(block: nn.Module) -> set[int]:
+    """Identities of the storages of the block's buffers."""
+    return {buffer.untyped_storage()._cdata for buffer in block.buffers() if is_plain(buffer)}
+
+
+def without_memory(tensor: Tensor) -> Tensor:
+    """A tensor that shares this one's version counter and not its storage."""
+    probe = tensor.detach()
+    probe.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return probe

@@ -1,0 +1,153 @@
+"""``selective8`` and ``selective4``: selective recomputation from inputs and outputs that are held as codes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, nn
+
+from gradckpt_dist.errors import StorageError
+from gradckpt_dist.storage.compiled import is_compiled
+from gradckpt_dist.storage.compress import CompressedCall, refuse_double_backward
+from gradckpt_dist.storage.context import StorageContext
+from gradckpt_dist.storage.ledger import is_parameter
+from gradckpt_dist.storage.lineage import Role
+from gradckpt_dist.storage.noise import NoiseSource
+from gradckpt_dist.storage.operation_cache import Entry, Held, OperationCache, save
+from gradckpt_dist.storage.operations import Kind, Operation, inner_tensors, storage_key
+from gradckpt_dist.storage.recompute import Passes
+from gradckpt_dist.storage.recorder import AllExpensive, Recorder, Selection
+from gradckpt_dist.storage.saved import Account
+from gradckpt_dist.storage.selective import Selective, SelectivePasses
+
+
+class Selective8(Selective):
+    """What ``selective`` holds, and the block's inputs that need a gradient, in 8 bits a value.
+
+    Quantised when the block's forward is over. As they are stay outputs of communication and routing, statistics, what
+    is made of weights alone or without anything that trains, and what ``compress8`` would not compress either.
+
+    Raises:
+        StorageError: the block is compiled; inside a torch.func transform; in backward with ``create_graph``.
+    """
+
+    name = "selective8"
+    exact = False
+    bits: ClassVar[int] = 8
+
+    def __init__(self, block: nn.Module, noise: NoiseSource) -> None:
+        if is_compiled(block):
+            raise StorageError(
+                f"{self.name!r} is refused for the compiled {type(block).__name__}, whose operations it cannot see; "
+                "use compress8 or compress4 there"
+            )
+        super().__init__(block)
+        self.noise = noise
+        self.account = Account()
+
+    @classmethod
+    def create(cls, block: nn.Module, context: StorageContext) -> Self:
+        return cls(block, context.noise)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes held now, compressed or not, inputs included, each storage once."""
+        return self.account.held_bytes
+
+    def _passes(self, inputs: tuple[Any, ...]) -> Passes:
+        return _CompressedPasses(self, inputs)
+
+
+class Selective4(Selective8):
+    """The same in 4 bits, stochastically rounded; what attention makes its queries, keys and values of in 8.
+
+    Attention's backward divides by a saved log-sum-exp that no longer matches them.
+    """
+
+    name = "selective4"
+    bits = 4
+
+
+class _CompressedPasses(SelectivePasses):
+    """One call of a block."""
+
+    def __init__(self, storage: Selective8, inputs: tuple[Any, ...]) -> None:
+        super().__init__(storage, AllExpensive())
+        self._lossy = storage
+        self._call = CompressedCall(storage.name, storage.account)
+        self._roles = _Roles()
+        for tensor in inner_tensors(inputs):
+            self._roles.add(tensor, Role.ACTIVATION if tensor.requires_grad else None)
+
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        with self._call.hooks():
+            yield
+            self._cache.seal(self._save)
+        self._call.seal(self._roles, self._lossy.bits, self._lossy.noise)
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        refuse = partial(refuse_double_backward, self._lossy.name)
+        with self._cache.counting(asked=refuse), _RoleRecorder(self._cache, self._selection):
+            yield
+
+    def _save(self, entry: Entry, position: int, tensor: Tensor) -> Held:
+        for inner in inner_tensors(tensor):
+            self._roles.add(inner, entry.role if position == 0 else None)
+        return save(entry, position, tensor)
+
+
+class _Roles:
+    """Which of the storages that are held may be compressed; one that must not be in one place must not in any."""
+
+    def __init__(self) -> None:
+        self._roles: dict[int, Role | None] = {}
+
+    def add(self, tensor: Tensor, role: Role | None) -> None:
+        key = storage_key(tensor)
+        if role is None or key not in self._roles:
+            self._roles[key] = role
+
+    def role(self, tensor: Tensor, saved: Sequence[Tensor]) -> Role | None:
+        return self._roles.get(storage_key(tensor))
+
+
+class _RoleRecorder(Recorder):  # type: ignore[no-untyped-call]
+    """Also notes what the outputs are.
+
+    All products since the attention before are taken for what an attention's queries, keys and values are made of,
+    rotations and norms in between or not.
+    """
+
+    def __init__(self, cache: OperationCache, selection: Selection) -> None:
+        super().__init__(cache, selection)
+        self._since_attention: list[Entry] = []
+
+    def note(
+        self, function: Any, operation: Operation, fixed: bool, args: tuple[Any, ...], kwargs: Any, output: Any
+    ) -> Entry:
+        entry = super().note(function, operation, fixed, args, kwargs, output)
+        if operation.attends:
+            for earlier in self._since_attention:
+                earlier.role = Role.ATTENDED
+            self._since_attention.clear()
+        if operation.kind is Kind.EXPENSIVE and _is_activation(args):
+            entry.role = Role.ACTIVATION
+            if not operation.attends:
+                self._since_attention.append(entry)
+        return entry
+
+
+def _is_activation(args: Any) -> bool:
+    """Whether what is made of these carries a gradient and is not made of weights alone."""
+    tensors = [tensor for tensor in inner_tensors(args) if tensor.is_floating_point()]
+    return not all(map(is_parameter, tensors)) and any(map(_trains, tensors))
+
+
+def _trains(tensor: Tensor) -> bool:
+    # A view that a custom function's forward makes does not say that it needs a gradient; its base does.
+    return tensor.requires_grad or (tensor._base is not None and tensor._base.requires_grad)
