@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gradckpt_dist.bench.demo_model import load_text_model
+from gradckpt_dist.bench.quantiser import quantiser_rows
 from gradckpt_dist.bench.ranks import on_ranks
 from gradckpt_dist.bench.record import progress, record, summary
 from gradckpt_dist.errors import StorageError
@@ -42,7 +43,7 @@ class Setting:
 
 
 def bench_storage(*, quick: bool) -> dict[str, Any]:
-    """A row for each storage and setting; ``refused``: storages that do not serve a setting, and why.
+    """A row for each storage and setting; ``refused``: what serves none, and why; ``quantiser``: its speed.
 
     Fractions and ratios are to ``keep`` in the same setting. Held bytes are those that autograd and the storage hold
     on the device after forward; peak bytes the most of these in backward, with what a rerun brings back, without
@@ -64,7 +65,8 @@ def bench_storage(*, quick: bool) -> dict[str, Any]:
         result = on_ranks(_measure, 1, **asdict(setting))
         rows += result["rows"]
         refused += result["refused"]
-    return record("storage", rows, tokens=BATCH * CONTEXT, blocks=DEPTH, refused=refused)
+    quantiser = quantiser_rows(rounds=20 if quick else 200)
+    return record("storage", rows, tokens=BATCH * CONTEXT, blocks=DEPTH, refused=refused, quantiser=quantiser)
 
 
 def _measure(rank: int, d: int, dtype: str, compiled: bool, rounds: int) -> dict[str, Any]:
