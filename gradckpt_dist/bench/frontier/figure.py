@@ -69,7 +69,7 @@ def draw_frontier(result: Mapping[str, Any], path: Path) -> list[Path]:
     legend: dict[str, Any] = {}
     for panel in panels:
         handles, labels = panel.get_legend_handles_labels()
-        legend |= zip(labels, handles, strict=True)
+        legend = dict(zip(labels, handles, strict=True)) | legend
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     paths = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
     path.parent.mkdir(parents=True, exist_ok=True)

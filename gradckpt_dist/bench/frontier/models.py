@@ -45,7 +45,8 @@ class UnevenBlock(nn.Module):
         return x
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+        batch, context, features = x.shape
+        return x.reshape(batch, context, features // self.head_width, self.head_width).transpose(1, 2)
 
 
 class UnevenModel(nn.Module):

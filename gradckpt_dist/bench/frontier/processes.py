@@ -24,6 +24,7 @@ COMMAND = (sys.executable, "-m", "gradckpt_dist.bench.frontier.worker")
 
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 _SHOWN_CHARACTERS = 300
+_LAST_BREATH_SECONDS = 5.0
 
 
 class RefusedError(GradckptError):
@@ -65,7 +66,7 @@ class WorkerProcess:
 
     def send(self, request: Mapping[str, Any]) -> None:
         """One request; a process that has died is found by ``receive``."""
-        if self._process.stdin is None:
+        if self._process.stdin is None or self._process.stdin.closed:
             return
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
@@ -79,6 +80,8 @@ class WorkerProcess:
                 f"{self.name}: no answer in {seconds:g} s, so its process was ended; {self._last_words()}"
             )
         if not line:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_LAST_BREATH_SECONDS)  # its own exit code, not that of our signal
             self.close()
             raise GradckptError(f"{self.name}: its process died ({self._fate()}); {self._last_words()}")
         answer: dict[str, Any] = json.loads(line)
