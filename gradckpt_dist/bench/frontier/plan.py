@@ -99,7 +99,7 @@ QUICK = FrontierPlan(
         ),
         ModelPlan(
             model="uneven",
-            eager_peers=("recompute",),
+            eager_peers=(),
             compiled_peers=(),
             budget_peers=(),
             peer_budgets=(),
