@@ -2,17 +2,15 @@
 
 The first line is ``{"setting": …, "size": …, "reference": …}``. Then ``{"do": NAME, …}`` calls a method of ``Worker``.
 Each line is answered by one: a result, or ``refused`` with a reason (this system cannot run here), or ``failed`` with
-an error. The end of input ends the process, and so does the parent's death.
+an error. The end of input ends the process.
 """
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import hashlib
 import json
 import os
-import signal
 import sys
 import time
 import traceback
@@ -33,8 +31,6 @@ from gradckpt_dist.errors import GradckptError
 
 WARM_UP_STEPS = 2
 BYTES_STEPS = 3
-
-_PR_SET_PDEATHSIG = 1
 
 
 class Worker:
@@ -110,7 +106,6 @@ class Worker:
 
 def main() -> None:
     """Answer until there is nothing more to read."""
-    _die_with_parent()
     # What a library prints goes to stderr; the answers have this descriptor to themselves.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -135,14 +130,3 @@ def main() -> None:
 def _build(request: dict[str, Any]) -> Worker:
     setting, size = Setting.from_dict(request["setting"]), Size(**request["size"])
     return Worker(setting, size, reference=request["reference"])
-
-
-def _die_with_parent() -> None:
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()
