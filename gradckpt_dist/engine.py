@@ -252,7 +252,9 @@ class Engine:
             self._observer.end()
         self._advance()
         if not self._pinned and self._schedule.is_sampled(self._step):
-            self._gate.watch = self._observer.begin(measured=self._schedule.is_measured(self._step))
+            self._gate.watch = self._observer.begin(
+                measured=self._schedule.is_measured(self._step), may_probe=self._knowledge.may_probe
+            )
         self._wake_step = self._next_wake()
         self._plugin_seconds += time.perf_counter() - started
 

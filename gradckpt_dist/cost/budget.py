@@ -10,6 +10,9 @@ from gradckpt_dist.config_checks import byte_count
 from gradckpt_dist.cost.limits import Limits
 from gradckpt_dist.cost.table import CostTable
 
+PLANNED_SHARE = 0.5
+"""The share of the tolerance that a plan may use: predictions are of past steps, and errors grow as training goes on."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
@@ -38,7 +41,7 @@ class Budget:
 
         A fraction lies between the peaks of full recompute and of keep, and needs no reserve.
         """
-        squared_error = self.gradient_tolerance**2
+        squared_error = (PLANNED_SHARE * self.gradient_tolerance) ** 2
         if isinstance(self.memory_budget, str):
             return Limits(
                 peak_bytes=self.limit_bytes(available_bytes),

@@ -14,7 +14,8 @@ from gradckpt_dist.engine import Engine
 LEARNING_INTERVAL = 8
 SETTLING_INTERVAL = 2
 STEADY_DECISIONS = 3
-MOST_DECISIONS = 12
+LEARNING_DECISIONS = 6
+MOST_DECISIONS = 16
 
 
 class Ours:
@@ -36,8 +37,8 @@ class Ours:
         What was learned of impacts and costs before is handed on, as to a run that resumes under another budget.
         """
         if self._learned is None:
-            self._run_until_settled(self._config(0.5, LEARNING_INTERVAL))
-        return self._run_until_settled(self._config(budget, SETTLING_INTERVAL))
+            self._run_until_settled(self._config(0.5, LEARNING_INTERVAL), LEARNING_DECISIONS)
+        return self._run_until_settled(self._config(budget, SETTLING_INTERVAL), STEADY_DECISIONS)
 
     def pin(self, storages: Sequence[str]) -> None:
         """Have these storages, one for each block, in force from the next step on."""
@@ -51,7 +52,7 @@ class Ours:
     def _config(self, budget: float, interval: int) -> dict[str, Any]:
         # No hysteresis: between two decisions that are so close, no change would pay.
         return {
-            "policy": "threshold",
+            "policy": "budget",
             "memory_budget": budget,
             "gradient_tolerance": self._tolerance,
             "interval": interval,
@@ -59,18 +60,21 @@ class Ours:
             "hysteresis": 0.0,
         }
 
-    def _run_until_settled(self, config: dict[str, Any]) -> list[str]:
-        """The mask in force once it was the same at the last decisions, or after so many that it never will be."""
+    def _run_until_settled(self, config: dict[str, Any], least: int) -> list[str]:
+        """The mask in force once it was the same at the last decisions, or after so many that it never will be.
+
+        ``least`` decisions are waited for: the first ones may come before each kind of block has been probed.
+        """
         engine = self._enable(config)
         if self._learned is not None:
             engine.load_state_dict(self._learned)
         seen: list[tuple[str, ...]] = []
-        decisions = engine.stats()["decisions"]
-        while len(seen) < MOST_DECISIONS and not _is_steady(seen):
+        epoch = engine.mask.epoch
+        while len(seen) < least or (len(seen) < MOST_DECISIONS and not _is_steady(seen)):
             self._work.step()
             self._optimizer.step()
-            if engine.stats()["decisions"] != decisions:
-                decisions = engine.stats()["decisions"]
+            if engine.mask.epoch != epoch:
+                epoch = engine.mask.epoch
                 seen.append(engine.mask.storages)
         self._learned = engine.state_dict()
         engine.disable()
@@ -78,5 +82,4 @@ class Ours:
 
 
 def _is_steady(seen: Sequence[tuple[str, ...]]) -> bool:
-    """A decision counts one step before its mask is in force: the first one seen is still the mask from before."""
-    return len(seen) >= STEADY_DECISIONS and len(set(seen[1 - STEADY_DECISIONS :])) == 1
+    return len(seen) >= STEADY_DECISIONS and len(set(seen[-STEADY_DECISIONS:])) == 1
