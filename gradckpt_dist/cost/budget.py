@@ -11,7 +11,7 @@ from gradckpt_dist.cost.limits import Limits
 from gradckpt_dist.cost.table import CostTable
 
 PLANNED_SHARE = 0.5
-"""The share of the tolerance that a plan may use: predictions are of past steps, and errors grow as training goes on."""
+"""Of the tolerance, what a plan may use: predictions are of past steps, and errors grow as training goes on."""
 
 
 @dataclass(frozen=True, kw_only=True)
