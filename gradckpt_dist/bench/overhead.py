@@ -1,8 +1,8 @@
 """``gradckpt bench overhead``: what the plugin itself costs.
 
-Pairs of replicas of the demo model train in the same processes, a step each in turn: one with the whole loop on, one with
-the same mask pinned, which samples, measures and agrees on nothing. In the pair ``norm`` a static policy keeps the mask,
-and impact is the gradient norm; in the pair ``probe`` the budget policy decides, with lossy storages and probes.
+Pairs of replicas of the demo model train in the same processes, a step each in turn: one with the whole loop on, one
+with the same mask pinned, which samples, measures and agrees on nothing. In the pair ``norm`` a static policy keeps
+the mask, and impact is the gradient norm; in the pair ``probe`` the budget policy decides, with lossy storages.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def bench_overhead(*, quick: bool) -> dict[str, Any]:
 
     ``overhead_fraction`` is the seconds added over an interval divided by the pinned replica's: steps are compared by
     their place in the interval, each the minimum over rounds. ``cpu_fraction`` is the same of CPU seconds of rank 0,
-    summed over all steps, so that what does not happen in every interval counts. ``plugin_fraction`` is what the plugin's
-    own clock at boundaries says.
+    summed over all steps, so that what does not happen in every interval counts. ``plugin_fraction`` is what the
+    plugin's own clock at boundaries says.
     """
     rounds, batch = (1, 2) if quick else (8, 8)
     figures: dict[str, Any] = {}
