@@ -23,6 +23,7 @@ from gradckpt_dist.bench.record import progress, record, summary
 
 RANKS = 2
 INTERVAL = 50
+_QUICK_INTERVAL = 8
 _POLICIES: dict[str, dict[str, Any]] = {
     "norm": {"policy": "static", "every_n": 2},
     "probe": {"policy": "budget", "memory_budget": 0.3, "gradient_tolerance": 0.05},
@@ -38,26 +39,25 @@ def bench_overhead(*, quick: bool) -> dict[str, Any]:
     summed over all steps, so that what does not happen in every interval counts. ``plugin_fraction`` is what the
     plugin's own clock at boundaries says.
     """
-    rounds, batch = (1, 2) if quick else (8, 8)
+    rounds, batch, interval = (1, 2, _QUICK_INTERVAL) if quick else (8, 8, INTERVAL)
     figures: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     for pair, prefix in (("norm", ""), ("probe", "probe_")):
         progress(f"pair {pair}")
-        result = on_ranks(_measure, RANKS, rounds=rounds, batch=batch, pair=pair)
+        result = on_ranks(_measure, RANKS, rounds=rounds, batch=batch, interval=interval, pair=pair)
         rows += result.pop("rows")
         figures |= {f"{prefix}{name}": value for name, value in result.items()}
-    return record("overhead", rows, **figures, steps=rounds * INTERVAL, ranks=RANKS, interval=INTERVAL)
+    return record("overhead", rows, **figures, steps=rounds * interval, ranks=RANKS, interval=interval)
 
 
-def _measure(rank: int, rounds: int, batch: int, pair: str) -> dict[str, Any]:
-    plugin = _Replica(batch, _POLICIES[pair])
-    pinned = _Replica(batch, _POLICIES[pair])
+def _measure(rank: int, rounds: int, batch: int, interval: int, pair: str) -> dict[str, Any]:
+    plugin, pinned = (_Replica(batch, interval, _POLICIES[pair]) for _ in range(2))
     pinned.engine.set_mask(pinned.engine.mask.storages)
-    plugin.warm_up(INTERVAL * _INTERVALS_TO_SETTLE)
-    pinned.warm_up(INTERVAL)
+    plugin.warm_up(_INTERVALS_TO_SETTLE)
+    pinned.warm_up(1)
     plugin_seconds = plugin.engine.stats()["plugin_seconds"]
     for number in range(rounds):
-        for place in range(INTERVAL):
+        for place in range(interval):
             if pinned.engine.mask.storages != plugin.engine.mask.storages:
                 pinned.engine.set_mask(plugin.engine.mask.storages)
             for replica in (plugin, pinned) if (number + place) % 2 else (pinned, plugin):
@@ -81,6 +81,7 @@ class _Replica:
     """The demo model under DDP with an engine of its own."""
 
     batch: int
+    interval: int
     policy: dict[str, Any]
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
@@ -93,7 +94,7 @@ class _Replica:
         self._model = DistributedDataParallel(model)
         self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         self._windows = text.sample(self.batch, 128, torch.Generator().manual_seed(dist.get_rank()))
-        config = {**self.policy, "interval": INTERVAL, "warmup_steps": 0}
+        config = {**self.policy, "interval": self.interval, "warmup_steps": 0}
         self.engine = enable(self._model, config, optimizer=self._optimizer)
 
     def timed_step(self) -> None:
@@ -102,14 +103,13 @@ class _Replica:
         self.seconds.append(time.perf_counter() - started)
         self.cpu_seconds.append(time.process_time() - cpu_started)
 
-    def warm_up(self, steps: int) -> None:
-        """A whole number of intervals, so that the next step is the first one of an interval."""
-        for _ in range(steps):
+    def warm_up(self, intervals: int) -> None:
+        for _ in range(intervals * self.interval):
             self._step()
 
     def best_interval_seconds(self) -> float:
         """Of an interval, each step at its best."""
-        return sum(min(self.seconds[place::INTERVAL]) for place in range(INTERVAL))
+        return sum(min(self.seconds[place :: self.interval]) for place in range(self.interval))
 
     def _step(self) -> None:
         self._optimizer.zero_grad()

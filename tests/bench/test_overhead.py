@@ -18,7 +18,7 @@ def test_quick_run_prints_one_object(tmp_path: Path) -> None:
     assert result == json.loads(output.read_text())
     figures = {f"{prefix}{name}_fraction" for prefix in ("", "probe_") for name in ("overhead", "cpu", "plugin")}
     assert {"name", "versions", "machine", "command", "rows", *figures} <= set(result)
-    assert (result["name"], result["ranks"], result["interval"]) == ("overhead", 2, 50)
+    assert (result["name"], result["ranks"], result["interval"]) == ("overhead", 2, 8)
     assert [(row["pair"], row["replica"]) for row in result["rows"]] == [
         (pair, replica) for pair in ("norm", "probe") for replica in ("plugin", "pinned")
     ]
