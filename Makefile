@@ -22,6 +22,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation deepspeed
+	$(BIN)/python -m pip install --quiet -c constraints.txt scipy psutil matplotlib
+	@# Of all that torchtitan asks for (datasets and wandb, which want an older fsspec), its checkpointing imports these.
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt torchtitan tyro docstring_parser typeguard spmd_types
 	@touch $@
 
 demo: setup ## train a small GPT on real text on two ranks: plain, fully checkpointed, under gradckpt
@@ -36,8 +39,9 @@ check: setup ## formatting, lint, types and the order of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: setup ## the plugin's own cost on this machine
+bench: setup ## the plugin's own cost on this machine; and against its peers, which takes half an hour
 	$(BIN)/gradckpt bench overhead --output runs/bench/overhead.json
+	$(BIN)/gradckpt bench frontier --output runs/bench/frontier.json
 
 clean: ## remove what was built and run
 	rm -rf .venv runs build *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

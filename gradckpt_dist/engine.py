@@ -64,8 +64,8 @@ class Engine:
         self._agreement = agreement
         self._policy = create_policy(config)
         self._schedule = Schedule(warmup_steps=config.warmup_steps, interval=config.interval)
-        self._gate = Gate()
-        self._runtimes = [BlockRuntime(i, block.module, self._gate, config.seed) for i, block in enumerate(blocks)]
+        self._gate = Gate(config.seed)
+        self._runtimes = [BlockRuntime(i, block.module, self._gate) for i, block in enumerate(blocks)]
         self._switches = [BlockSwitch(block, run) for block, run in zip(blocks, self._runtimes, strict=True)]
         modules = [block.module for block in blocks]
         scope = Scope.of(modules, config)
@@ -186,7 +186,7 @@ class Engine:
         self._knowledge.budget = Budget.of(config)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values with which another run goes on: mask, epoch, step, agreed impacts and bytes, theta.
+        """Plain values with which another run goes on: mask, epoch, step, agreed impacts and bytes, theta, noise.
 
         It is the same on every rank and holds nothing that depends on their number.
         """
@@ -200,6 +200,7 @@ class Engine:
             "turn": self._observer.turn,
             "theta": self._theta,
             "knowledge": self._knowledge.state_dict(),
+            "noise": self._gate.context.noise.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -220,6 +221,7 @@ class Engine:
         self._drain()
         self._knowledge.load_state_dict(state["knowledge"])
         self._pinned, self._theta, self._observer.turn = state["pinned"], state["theta"], state["turn"]
+        self._gate.context.noise.load_state_dict(state["noise"])
         self._step, self._wake_step = state["step"], state["step"] + 1
         self._apply(mask)
 
@@ -250,7 +252,9 @@ class Engine:
             self._observer.end()
         self._advance()
         if not self._pinned and self._schedule.is_sampled(self._step):
-            self._gate.watch = self._observer.begin(measured=self._schedule.is_measured(self._step))
+            self._gate.watch = self._observer.begin(
+                measured=self._schedule.is_measured(self._step), may_probe=self._knowledge.may_probe
+            )
         self._wake_step = self._next_wake()
         self._plugin_seconds += time.perf_counter() - started
 

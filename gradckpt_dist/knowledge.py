@@ -97,6 +97,14 @@ class Knowledge:
             outside_bytes=self.outside_bytes,
         )
 
+    def may_probe(self, index: int) -> bool:
+        """Whether what is left at the process's peak suffices to run this block once more beside itself."""
+        needed = None if self.costs is None else self.costs.probe_bytes(index)
+        if needed is None or self._measured_mask is None:
+            return True
+        headroom = self._headroom_bytes()
+        return needed <= (self.available_bytes - self.process_peak_bytes if headroom is None else headroom)
+
     def state_dict(self) -> dict[str, Any]:
         """Plain values, the same on all ranks."""
         return {

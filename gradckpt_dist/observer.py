@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -61,13 +61,17 @@ class Observer:
         if self.prober is not None and self._lossy:
             self._weights = GradientWeights(root, self._modules, self._device)
 
-    def begin(self, *, measured: bool) -> Sampler:
-        """Start a sampled step. One that is measured has no probe, which would count in the peak."""
+    def begin(self, *, measured: bool, may_probe: Callable[[int], bool]) -> Sampler:
+        """Start a sampled step; ``may_probe`` says of which blocks there may be probes, the same on all ranks.
+
+        A step that is measured has no probe, which would count in the peak.
+        """
         if measured:
             self._meter.begin()
             self.sampler.begin(measured=True)
         else:
-            self.sampler.begin(measured=False, turns=() if self._turns is None else self._turns.turns(self.turn))
+            turns = () if self._turns is None else self._turns.turns(self.turn)
+            self.sampler.begin(measured=False, turns=[turn for turn in turns if may_probe(turn.block)])
             self.turn += 1
         return self.sampler
 

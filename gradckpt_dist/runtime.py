@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from gradckpt_dist.storage import Forward, Storage, StorageContext, create_storage
+from gradckpt_dist.storage.noise import NoiseSource
 
 
 class Watch(Protocol):
@@ -26,8 +27,8 @@ class Gate:
 
     __slots__ = ("context", "open", "watch")
 
-    def __init__(self) -> None:
-        self.context = StorageContext()
+    def __init__(self, seed: int = 0) -> None:
+        self.context = StorageContext(noise=NoiseSource(seed))
         self.open = False
         self.watch: Watch | None = None
 
@@ -35,13 +36,12 @@ class Gate:
 class BlockRuntime:
     """Dispatches one block's forward to the storage in force."""
 
-    __slots__ = ("_gate", "_index", "_module", "_seed", "_storage", "_storages")
+    __slots__ = ("_gate", "_index", "_module", "_storage", "_storages")
 
-    def __init__(self, index: int, module: nn.Module, gate: Gate, seed: int) -> None:
+    def __init__(self, index: int, module: nn.Module, gate: Gate) -> None:
         self._index = index
         self._module = module
         self._gate = gate
-        self._seed = seed
         self._storages: dict[str, Storage] = {}
         self.use("keep")
 

@@ -267,9 +267,10 @@ def main() -> None:
     try:
         train(options, text)
     finally:
-        dist.destroy_process_group()
-        # DDP and FSDP, in reference cycles, hold the group: gloo's threads must have ended before Python begins to.
+        # DDP, in a reference cycle, holds the group. It has to go first: if DDP drops the group last, it does so with
+        # Python's lock held, for which a thread of gloo's may be waiting that the group waits for (torch 2.13).
         gc.collect()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ class Probed:
         self.lossy, self.storages = tuple(lossy), tuple(storages)
         self.kinds = kinds_of(modules)
         self.gate = Gate()
-        self.runtimes = [BlockRuntime(i, module, self.gate, 0) for i, module in enumerate(modules)]
+        self.runtimes = [BlockRuntime(i, module, self.gate) for i, module in enumerate(modules)]
         self.switches = [BlockSwitch(block, run) for block, run in zip(found, self.runtimes, strict=True)]
         for switch in self.switches:
             switch.install()

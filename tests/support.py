@@ -176,9 +176,10 @@ def _run_rank(file: str, name: str, rank: int, world_size: int, folder: str, arg
             _report(folder, rank)
             raise
         finally:
-            dist.destroy_process_group()
-            # A wrapped model, in a reference cycle, holds the group; a thread of gloo's that outlives Python aborts.
+            # A wrapped model, in a reference cycle, holds the group. If it is the last to drop it, it holds Python's
+            # lock meanwhile, for which a thread of gloo's may be waiting that the group waits for (torch 2.13).
             gc.collect()
+            dist.destroy_process_group()
     except BaseException:
         if not Path(folder, f"failure{rank}").exists():
             _report(folder, rank)

@@ -32,7 +32,7 @@ def _step(runtime: BlockRuntime, block: nn.Module) -> Tensor:
 
 
 def test_a_closed_gate_and_no_grad_leave_the_block_alone(gate: Gate, block: nn.Module) -> None:
-    runtime = BlockRuntime(0, block, gate, 0)
+    runtime = BlockRuntime(0, block, gate)
     runtime.use("recompute")
     gate.watch = pytest.fail  # type: ignore[assignment]
     assert not runtime.reruns
@@ -46,7 +46,7 @@ def test_a_closed_gate_and_no_grad_leave_the_block_alone(gate: Gate, block: nn.M
 
 
 def test_an_open_gate_uses_the_storage_in_force(gate: Gate, block: nn.Module) -> None:
-    runtime = BlockRuntime(0, block, gate, 0)
+    runtime = BlockRuntime(0, block, gate)
     gate.open = True
     for storage, recomputes in (("keep", 0), ("recompute", 1), ("recompute", 2), ("keep", 2), ("recompute", 3)):
         runtime.use(storage)
@@ -62,7 +62,7 @@ def test_a_watch_sees_index_storage_and_arguments(gate: Gate, block: nn.Module) 
         seen.append((index, storage.name, args, kwargs))
         return storage.run(forward, *args, **kwargs)
 
-    runtime = BlockRuntime(3, block, gate, 0)
+    runtime = BlockRuntime(3, block, gate)
     gate.open, gate.watch = True, watch
     x = torch.ones(1, 3)
     runtime(block, (), {"input": x})
@@ -72,7 +72,7 @@ def test_a_watch_sees_index_storage_and_arguments(gate: Gate, block: nn.Module) 
 
 
 def test_an_unknown_storage_leaves_the_one_in_force(gate: Gate, block: nn.Module) -> None:
-    runtime = BlockRuntime(0, block, gate, 0)
+    runtime = BlockRuntime(0, block, gate)
     gate.open = True
     runtime.use("recompute")
     with pytest.raises(StorageError, match="storage 'zip' is not available"):

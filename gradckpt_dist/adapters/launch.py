@@ -6,6 +6,7 @@ import gc
 import logging
 import runpy
 import sys
+import time
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ from gradckpt_dist.engine import Engine
 from gradckpt_dist.errors import BlocksNotFoundError, ConfigError
 
 logger = logging.getLogger("gradckpt_dist")
+
+_GLOO_SETTLES_SECONDS = 0.05
 
 
 def run_script(script: str, arguments: Sequence[str], config_path: str | None) -> None:
@@ -47,7 +50,9 @@ def run_script(script: str, arguments: Sequence[str], config_path: str | None) -
     runpy.run_path(str(path), run_name="__main__")
     watch.report()
     del watch
-    # Wrapped models hold process groups; a thread of gloo's that outlives the interpreter's end aborts the process.
+    # Wrapped models, in reference cycles, hold process groups; a thread of gloo's that outlives the interpreter aborts
+    # the process. Such a thread may still be letting go of its last collective, for which it needs Python's lock.
+    time.sleep(_GLOO_SETTLES_SECONDS)
     gc.collect()
 
 

@@ -12,11 +12,13 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.table import Table
 
+from gradckpt_dist.bench.frontier import bench_frontier, draw_frontier
 from gradckpt_dist.bench.impact import bench_impact
 from gradckpt_dist.bench.overhead import bench_overhead
 from gradckpt_dist.bench.planner import bench_planner
-from gradckpt_dist.bench.record import write
+from gradckpt_dist.bench.record import progress, write
 from gradckpt_dist.bench.storage import bench_storage
+from gradckpt_dist.errors import GradckptError
 
 _PIPED_COLUMNS = 240
 
@@ -28,11 +30,15 @@ class Bench(Protocol):
 
 
 BENCHES: dict[str, tuple[Bench, str]] = {
+    "frontier": (bench_frontier, "step time against peak bytes, of this package and of its peers"),
     "impact": (bench_impact, "what the impact metrics predict of gradient errors, against the true ones"),
     "overhead": (bench_overhead, "the plugin's own cost, against a pinned mask"),
     "planner": (bench_planner, "the budget policy's optimiser: seconds, and the gap to the optimum"),
     "storage": (bench_storage, "bytes, seconds and gradient error of every storage, against keep"),
 }
+
+FIGURES: dict[str, Callable[[dict[str, Any], Path], list[Path]]] = {"frontier": draw_frontier}
+"""Benches whose object is drawn, beside the file that it is written to."""
 
 
 def add_bench_parser(commands: Any) -> None:
@@ -43,21 +49,33 @@ def add_bench_parser(commands: Any) -> None:
         parser = names.add_parser(name, help=text)
         parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
         parser.add_argument("--quick", action="store_true", help="under a minute, for tests; the figures are rough")
-        parser.add_argument("--output", type=Path, metavar="FILE", help="write the JSON object to a file too")
-        parser.set_defaults(execute=_execute(run))
+        parser.add_argument(
+            "--output", type=Path, metavar="FILE", help="write the JSON object to a file; figures go beside it"
+        )
+        parser.set_defaults(execute=_execute(name, run))
 
 
-def _execute(run: Bench) -> Callable[[argparse.Namespace], None]:
+def _execute(name: str, run: Bench) -> Callable[[argparse.Namespace], None]:
     def execute(parsed: argparse.Namespace) -> None:
         result = run(quick=parsed.quick)
         if parsed.output is not None:
             write(result, parsed.output)
+            _draw(name, result, parsed.output)
         if parsed.json:
             print(json.dumps(result))
         else:
             _show(result)
 
     return execute
+
+
+def _draw(name: str, result: dict[str, Any], output: Path) -> None:
+    if name not in FIGURES:
+        return
+    try:
+        progress(f"drawn: {', '.join(map(str, FIGURES[name](result, output)))}")
+    except GradckptError as error:
+        progress(f"no figure: {error}")  # the measurements stand without it
 
 
 def _show(result: dict[str, Any]) -> None:

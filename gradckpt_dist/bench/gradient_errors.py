@@ -39,7 +39,7 @@ class GradientErrors:
         gate = Gate()
         gate.open = True
         gate.context.noise = NoiseSource(noise_seed)
-        self._runtimes = [BlockRuntime(index, block.module, gate, 0) for index, block in enumerate(blocks)]
+        self._runtimes = [BlockRuntime(index, block.module, gate) for index, block in enumerate(blocks)]
         for block, runtime in zip(blocks, self._runtimes, strict=True):
             BlockSwitch(block, runtime).install()
 

@@ -1,13 +1,14 @@
 """``gradckpt bench overhead``: what the plugin itself costs.
 
-Two replicas of the demo model train in the same processes, a step each in turn: one with the whole loop on (a static
-policy, so that its mask stays), one with that mask pinned, which samples, measures and agrees on nothing. Steps are
-compared by their place in the interval, each the minimum over rounds.
+Pairs of replicas of the demo model train in the same processes, a step each in turn: one with the whole loop on, one
+with the same mask pinned, which samples, measures and agrees on nothing. In the pair ``norm`` a static policy keeps
+the mask, and impact is the gradient norm; in the pair ``probe`` the budget policy decides, with lossy storages.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,74 +23,97 @@ from gradckpt_dist.bench.record import progress, record, summary
 
 RANKS = 2
 INTERVAL = 50
-_POLICY = {"policy": "static", "every_n": 2, "interval": INTERVAL, "warmup_steps": 0}
+_QUICK_INTERVAL = 8
+_POLICIES: dict[str, dict[str, Any]] = {
+    "norm": {"policy": "static", "every_n": 2},
+    "probe": {"policy": "budget", "memory_budget": 0.3, "gradient_tolerance": 0.05},
+}
+_INTERVALS_TO_SETTLE = 4
 
 
 def bench_overhead(*, quick: bool) -> dict[str, Any]:
-    """Figures ``overhead_fraction steps ranks interval``; a row for each of the two replicas.
+    """Figures ``overhead_fraction steps ranks interval``, of the pair ``norm``, and for the other pair ``probe_…``.
 
-    ``overhead_fraction`` is the seconds added over an interval divided by the pinned replica's seconds;
-    ``plugin_fraction``, what the plugin's own clock at boundaries says, divided by the same.
+    ``overhead_fraction`` is the seconds added over an interval divided by the pinned replica's: steps are compared by
+    their place in the interval, each the minimum over rounds. ``cpu_fraction`` is the same of CPU seconds of rank 0,
+    summed over all steps, so that what does not happen in every interval counts. ``plugin_fraction`` is what the
+    plugin's own clock at boundaries says.
     """
-    rounds, batch = (1, 2) if quick else (8, 8)
-    result = on_ranks(_measure, RANKS, rounds=rounds, batch=batch)
-    return record("overhead", result.pop("rows"), **result)
+    rounds, batch, interval = (1, 2, _QUICK_INTERVAL) if quick else (8, 8, INTERVAL)
+    figures: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    for pair, prefix in (("norm", ""), ("probe", "probe_")):
+        progress(f"pair {pair}")
+        result = on_ranks(_measure, RANKS, rounds=rounds, batch=batch, interval=interval, pair=pair)
+        rows += result.pop("rows")
+        figures |= {f"{prefix}{name}": value for name, value in result.items()}
+    return record("overhead", rows, **figures, steps=rounds * interval, ranks=RANKS, interval=interval)
 
 
-def _measure(rank: int, rounds: int, batch: int) -> dict[str, Any]:
-    replicas = {"plugin": _Replica(batch, pinned=False), "pinned": _Replica(batch, pinned=True)}
-    for replica in replicas.values():
-        replica.run_to_first_decision()
-    seconds: dict[str, list[list[float]]] = {name: [[] for _ in range(INTERVAL)] for name in replicas}
-    plugin_seconds = replicas["plugin"].engine.stats()["plugin_seconds"]
+def _measure(rank: int, rounds: int, batch: int, interval: int, pair: str) -> dict[str, Any]:
+    plugin, pinned = (_Replica(batch, interval, _POLICIES[pair]) for _ in range(2))
+    pinned.engine.set_mask(pinned.engine.mask.storages)
+    plugin.warm_up(_INTERVALS_TO_SETTLE)
+    pinned.warm_up(1)
+    plugin_seconds = plugin.engine.stats()["plugin_seconds"]
     for number in range(rounds):
-        for place in range(INTERVAL):
-            order = list(replicas) if (number + place) % 2 else list(reversed(replicas))
-            for name in order:
-                seconds[name][place].append(replicas[name].timed_step())
+        for place in range(interval):
+            if pinned.engine.mask.storages != plugin.engine.mask.storages:
+                pinned.engine.set_mask(plugin.engine.mask.storages)
+            for replica in (plugin, pinned) if (number + place) % 2 else (pinned, plugin):
+                replica.timed_step()
         if rank == 0:
             progress(f"round {number + 1} of {rounds}")
-    plugin_seconds = replicas["plugin"].engine.stats()["plugin_seconds"] - plugin_seconds
-    best = {name: sum(min(samples) for samples in places) for name, places in seconds.items()}
-    rows = [
-        {"replica": name, **summary([sample for samples in places for sample in samples])}
-        for name, places in seconds.items()
-    ]
+    plugin_seconds = plugin.engine.stats()["plugin_seconds"] - plugin_seconds
     return {
-        "overhead_fraction": best["plugin"] / best["pinned"] - 1,
-        "plugin_fraction": plugin_seconds / rounds / best["pinned"],
-        "steps": rounds * INTERVAL,
-        "ranks": RANKS,
-        "interval": INTERVAL,
-        "rows": rows,
+        "overhead_fraction": plugin.best_interval_seconds() / pinned.best_interval_seconds() - 1,
+        "cpu_fraction": sum(plugin.cpu_seconds) / sum(pinned.cpu_seconds) - 1,
+        "plugin_fraction": plugin_seconds / sum(pinned.seconds),
+        "rows": [
+            {"pair": pair, "replica": name, **summary(replica.seconds), "cpu_seconds": sum(replica.cpu_seconds)}
+            for name, replica in (("plugin", plugin), ("pinned", pinned))
+        ],
     }
 
 
+@dataclass
 class _Replica:
     """The demo model under DDP with an engine of its own."""
 
-    def __init__(self, batch: int, *, pinned: bool) -> None:
+    batch: int
+    interval: int
+    policy: dict[str, Any]
+    seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
         module = load_text_model()
         torch.manual_seed(0)
         text = module.read_text(None)
         model = module.GPT(vocabulary=text.vocabulary, context=128, width=128, layers=6, heads=4, dropout=0.1)
         self._model = DistributedDataParallel(model)
         self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        self._windows = text.sample(batch, 128, torch.Generator().manual_seed(dist.get_rank()))
-        self.engine = enable(self._model, _POLICY, optimizer=self._optimizer)
-        if pinned:
-            self.engine.set_mask(self.engine.mask.storages)
+        self._windows = text.sample(self.batch, 128, torch.Generator().manual_seed(dist.get_rank()))
+        config = {**self.policy, "interval": self.interval, "warmup_steps": 0}
+        self.engine = enable(self._model, config, optimizer=self._optimizer)
 
-    def timed_step(self) -> float:
-        started = time.perf_counter()
+    def timed_step(self) -> None:
+        started, cpu_started = time.perf_counter(), time.process_time()
+        self._step()
+        self.seconds.append(time.perf_counter() - started)
+        self.cpu_seconds.append(time.process_time() - cpu_started)
+
+    def warm_up(self, intervals: int) -> None:
+        for _ in range(intervals * self.interval):
+            self._step()
+
+    def best_interval_seconds(self) -> float:
+        """Of an interval, each step at its best."""
+        return sum(min(self.seconds[place :: self.interval]) for place in range(self.interval))
+
+    def _step(self) -> None:
         self._optimizer.zero_grad()
         logits = self._model(self._windows[:, :-1])
         loss = functional.cross_entropy(logits, self._windows[:, 1:].flatten())
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
-        return time.perf_counter() - started
-
-    def run_to_first_decision(self) -> None:
-        """Warm up, and come to the start of an interval."""
-        for _ in range(INTERVAL):
-            self.timed_step()

@@ -49,8 +49,9 @@ def _run(worker: Worker, rank: int, ranks: int, folder: str, arguments: dict[str
     try:
         result = worker(rank, **arguments)
     finally:
-        dist.destroy_process_group()
-        # A wrapped model, in a reference cycle, holds the group; a thread of gloo's that outlives Python aborts.
+        # A wrapped model, in a reference cycle, holds the group. If it is the last to drop it, it holds Python's
+        # lock meanwhile, for which a thread of gloo's may be waiting that the group waits for (torch 2.13).
         gc.collect()
+        dist.destroy_process_group()
     if rank == 0:
         Path(folder, "result.json").write_text(json.dumps(result), encoding="utf-8")

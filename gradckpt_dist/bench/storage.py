@@ -7,9 +7,7 @@ without dropout, as their selective variants are refused with it.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from gradckpt_dist.bench.demo_model import load_text_model
+from gradckpt_dist.bench.gradients import relative_error
+from gradckpt_dist.bench.quantiser import quantiser_rows
 from gradckpt_dist.bench.ranks import on_ranks
 from gradckpt_dist.bench.record import progress, record, summary
 from gradckpt_dist.errors import StorageError
@@ -42,7 +42,7 @@ class Setting:
 
 
 def bench_storage(*, quick: bool) -> dict[str, Any]:
-    """A row for each storage and setting; ``refused``: storages that do not serve a setting, and why.
+    """A row for each storage and setting; ``refused``: what serves none, and why; ``quantiser``: its speed.
 
     Fractions and ratios are to ``keep`` in the same setting. Held bytes are those that autograd and the storage hold
     on the device after forward; peak bytes the most of these in backward, with what a rerun brings back, without
@@ -64,7 +64,8 @@ def bench_storage(*, quick: bool) -> dict[str, Any]:
         result = on_ranks(_measure, 1, **asdict(setting))
         rows += result["rows"]
         refused += result["refused"]
-    return record("storage", rows, tokens=BATCH * CONTEXT, blocks=DEPTH, refused=refused)
+    quantiser = quantiser_rows(rounds=20 if quick else 200)
+    return record("storage", rows, tokens=BATCH * CONTEXT, blocks=DEPTH, refused=refused, quantiser=quantiser)
 
 
 def _measure(rank: int, d: int, dtype: str, compiled: bool, rounds: int) -> dict[str, Any]:
@@ -139,7 +140,7 @@ class _Arm:
             "forward_ratio": min(self._forward_seconds) / min(keep._forward_seconds),
             "backward_ratio": min(self._backward_seconds) / min(keep._backward_seconds),
             "step_ratio": min(self._step_seconds) / min(keep._step_seconds),
-            "relative_error": _relative_error(self._gradients, keep._gradients),
+            "relative_error": relative_error(self._gradients, keep._gradients),
             "exact": self._storages[0].exact,
             "held_bytes": self._held_bytes,
             "peak_bytes": self._peak_bytes,
@@ -176,9 +177,3 @@ class _Arm:
         held_bytes = ledger.live_bytes
         self._backward(x)
         return held_bytes, ledger.measurement().peak_bytes
-
-
-def _relative_error(gradients: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
-    pairs = [(one.double(), other.double()) for one, other in zip(gradients, reference, strict=True)]
-    difference = sum((one - other).square().sum().item() for one, other in pairs)
-    return math.sqrt(difference / sum(other.square().sum().item() for _, other in pairs))

@@ -11,10 +11,7 @@ from gradckpt_dist.cost.limits import Limits
 from gradckpt_dist.cost.table import CostTable
 
 PLANNED_SHARE = 0.5
-"""Of the gradient tolerance. What is predicted is a mean: single steps differ, and errors rise until the next decision.
-
-`gradckpt bench impact` shows what is left of it.
-"""
+"""Of the tolerance, what a plan may use: predictions are of past steps, and errors grow as training goes on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +39,7 @@ class Budget:
     def limits(self, costs: CostTable, available_bytes: int) -> Limits:
         """Limits of a rank; ``available_bytes`` is what the tightest rank may use in all.
 
-        A fraction lies between the peaks of full recompute and of keep, and needs no reserve. Of the gradient tolerance
-        ``PLANNED_SHARE`` may be planned.
+        A fraction lies between the peaks of full recompute and of keep, and needs no reserve.
         """
         squared_error = (PLANNED_SHARE * self.gradient_tolerance) ** 2
         if isinstance(self.memory_budget, str):

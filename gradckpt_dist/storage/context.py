@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-from gradckpt_dist.storage.half_choice import HalfChoice
+from gradckpt_dist.storage.half_choice import HalfChoices
 from gradckpt_dist.storage.lane import OffloadLane
 from gradckpt_dist.storage.noise import NoiseSource
 
@@ -19,4 +18,4 @@ class StorageContext:
 
     lane: OffloadLane = field(default_factory=OffloadLane)
     noise: NoiseSource = field(default_factory=NoiseSource)
-    half_choices: dict[Hashable, HalfChoice] = field(default_factory=dict)
+    half_choices: HalfChoices = field(default_factory=HalfChoices)

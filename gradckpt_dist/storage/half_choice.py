@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from statistics import median
 from typing import Any
 
 from gradckpt_dist.storage.operations import Kind, Occurrence, Operation
 
 PROFILED_CALLS = 3
+MAX_SHAPES = 8
 MAX_FRONTIER = 1024
 
 
@@ -72,6 +74,29 @@ class HalfChoice:
         return chosen
 
 
+class HalfChoices:
+    """The choices of all kinds of block of one engine.
+
+    Each kind has one for each of the first ``MAX_SHAPES`` shapes of its inputs; inputs of other shapes, as of texts of
+    any length, get the choice of the nearest size, so that profiling comes to an end.
+    """
+
+    def __init__(self) -> None:
+        self._choices: dict[Hashable, dict[tuple[Sequence[int], ...], HalfChoice]] = {}
+
+    def find(self, kind: Hashable, shapes: tuple[Sequence[int], ...]) -> HalfChoice:
+        """The choice for a block of this kind with inputs of these shapes."""
+        by_shapes = self._choices.setdefault(kind, {})
+        if shapes not in by_shapes:
+            if len(by_shapes) >= MAX_SHAPES:
+                return by_shapes[min(by_shapes, key=lambda known: abs(_elements(known) - _elements(shapes)))]
+            by_shapes[shapes] = HalfChoice()
+        return by_shapes[shapes]
+
+    def __len__(self) -> int:
+        return sum(map(len, self._choices.values()))
+
+
 def choose(costs: Mapping[Occurrence, Cost], limit_bytes: int) -> frozenset[Occurrence]:
     """The outputs that save the most seconds within the limit.
 
@@ -94,3 +119,7 @@ def choose(costs: Mapping[Occurrence, Cost], limit_bytes: int) -> frozenset[Occu
         if len(frontier) > MAX_FRONTIER:
             frontier = [*frontier[:-1:2], frontier[-1]]
     return frozenset(frontier[-1][2])
+
+
+def _elements(shapes: tuple[Sequence[int], ...]) -> int:
+    return sum(map(prod, shapes))

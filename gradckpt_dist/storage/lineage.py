@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from enum import Enum, auto
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from gradckpt_dist.storage.ledger import is_parameter
 
@@ -39,8 +39,9 @@ class Lineage(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, block: nn.Module, inputs: Iterable[Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._roles: dict[int, Role] = {}
-        for tensor in _tensors(inputs):
-            self._roles[_key(tensor)] = Role.ACTIVATION if tensor.requires_grad else Role.OTHER
+        for leaf in inputs:
+            if _has_storage(leaf):
+                self._roles[_key(leaf)] = Role.ACTIVATION if leaf.requires_grad else Role.OTHER
         for weight in (*block.parameters(), *block.buffers()):
             if _has_storage(weight):
                 self._roles[_key(weight)] = Role.WEIGHT
@@ -56,11 +57,11 @@ class Lineage(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        inputs = list(_tensors((*args, *kwargs.values()) if kwargs else args))
+        inputs = list(_operands((*args, *kwargs.values()) if kwargs else args))
         outputs = (result,) if isinstance(result, Tensor) else result
         if isinstance(outputs, (tuple, list)):
             self._note(inputs, outputs)
-        if "attention" in str(func):
+        if _is_attention(func):
             for tensor in inputs[:3]:
                 if self.role(tensor) is Role.ACTIVATION:
                     self._roles[_key(tensor)] = Role.ATTENDED
@@ -83,7 +84,7 @@ class Lineage(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The role of what is made of these."""
         floating = [tensor for tensor in inputs if tensor.is_floating_point() or tensor.is_complex()]
         roles = {self._input_role(tensor) for tensor in floating}
-        if roles & {Role.ACTIVATION, Role.ATTENDED}:
+        if Role.ACTIVATION in roles or Role.ATTENDED in roles:
             return Role.ACTIVATION
         if roles == {Role.WEIGHT}:
             return Role.WEIGHT
@@ -99,8 +100,18 @@ class Lineage(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return known
 
 
-def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
-    return (leaf for leaf in tree_leaves(list(values)) if _has_storage(leaf))
+def _operands(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among an operation's arguments, lists of tensors included."""
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from _operands(value)
+        elif _has_storage(value):
+            yield value
+
+
+@cache
+def _is_attention(func: Any) -> bool:
+    return "attention" in str(func)
 
 
 def _has_storage(value: Any) -> bool:

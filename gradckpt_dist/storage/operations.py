@@ -163,8 +163,14 @@ def written(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any])
     """The tensors that a call of an operation of kind ``WRITES`` may change."""
     if operation.writes is None:
         return list(inner_tensors((args, kwargs)))
-    values = [args[index] if index < len(args) else kwargs.get(name) for index, name in operation.writes]
-    return list(inner_tensors(values))
+    tensors: list[torch.Tensor] = []
+    for index, name in operation.writes:
+        value = args[index] if index < len(args) else kwargs.get(name)
+        if type(value) is torch.Tensor and value.layout is torch.strided:
+            tensors.append(value)
+        else:
+            tensors.extend(inner_tensors(value))
+    return tensors
 
 
 def inner_tensors(values: Any) -> Iterator[torch.Tensor]:

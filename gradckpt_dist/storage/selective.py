@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import _StopRecomputationError
 
 from gradckpt_dist.storage.context import StorageContext
-from gradckpt_dist.storage.half_choice import Cost, HalfChoice, HalfSelection
+from gradckpt_dist.storage.half_choice import Cost, HalfChoice, HalfChoices, HalfSelection
 from gradckpt_dist.storage.ledger import is_parameter
 from gradckpt_dist.storage.operation_cache import Entry, OperationCache, save
 from gradckpt_dist.storage.operations import inner_tensors, storage_key
@@ -28,6 +28,8 @@ class Selective(Recompute):
     Their outputs are held under the saved-tensor hooks that are in force around the block, so that they count, and
     move, like the tensors that autograd saves; each is let go as the run in backward takes it. A second backward
     through a retained graph runs everything again. ``recomputes`` counts runs in backward that found nothing held.
+    Only writes in place that PyTorch dispatches are seen: a kernel that is called past it must not write to the output
+    of a matrix product.
     """
 
     name = "selective"
@@ -46,10 +48,11 @@ class SelectiveHalf(Selective):
 
     name = "selective_half"
 
-    def __init__(self, block: nn.Module, choices: dict[Hashable, HalfChoice]) -> None:
+    def __init__(self, block: nn.Module, choices: HalfChoices) -> None:
         super().__init__(block)
         self._choices = choices
-        self._kind: tuple[Any, ...] = (type(block), repr(block), *map(_traits, block.parameters()))
+        parameters = ((p.shape, p.dtype, p.requires_grad) for p in block.parameters())
+        self._kind: tuple[Any, ...] = (type(block), repr(block), *parameters)
 
     @classmethod
     def create(cls, block: nn.Module, context: StorageContext) -> Self:
@@ -57,8 +60,8 @@ class SelectiveHalf(Selective):
 
     def _passes(self, inputs: tuple[Any, ...]) -> Passes:
         tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
-        kind = (*self._kind, tuple(map(_traits, tensors)), *_autocast(tensors))
-        choice = self._choices.setdefault(kind, HalfChoice())
+        kind = (*self._kind, *((t.dtype, t.device, t.requires_grad) for t in tensors), *_autocast(tensors))
+        choice = self._choices.find(kind, tuple(t.shape for t in tensors))
         if choice.settled:
             return SelectivePasses(self, choice.selection)
         return _ProfiledPasses(self, choice, tensors)
@@ -152,10 +155,6 @@ def _storage_bytes(values: Any) -> dict[int, int]:
         for tensor in inner_tensors(values)
         if not is_parameter(tensor)
     }
-
-
-def _traits(tensor: torch.Tensor) -> Hashable:
-    return tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad
 
 
 def _device(tensors: list[torch.Tensor]) -> torch.device:

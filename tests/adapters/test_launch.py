@@ -49,8 +49,8 @@ def train(model, steps):
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "sibling.py").write_text(MODEL)
-    config = f"gradckpt: {{interval: 4, warmup_steps: 0, log_dir: {tmp_path / 'log'}, log_level: debug}}\n"
-    (tmp_path / "config.yaml").write_text(config)
+    settings = f"policy: threshold, memory_budget: 0.5, interval: 4, warmup_steps: 0, log_dir: {tmp_path / 'log'}"
+    (tmp_path / "config.yaml").write_text(f"gradckpt: {{{settings}, log_level: debug}}\n")
     return tmp_path
 
 
@@ -217,9 +217,9 @@ def test_under_torchrun_both_ranks_decide_alike(folder: Path) -> None:
         torch.manual_seed(dist.get_rank())
         losses = sibling.train(model, 14)
         pathlib.Path(__file__).with_name(f"{sys.argv[1]}{dist.get_rank()}").write_text(str(losses))
-        dist.destroy_process_group()
         del model
         gc.collect()
+        dist.destroy_process_group()
         """,
     )
     plain = run_torchrun(script, 2, "plain")

@@ -16,7 +16,10 @@ def test_quick_run_prints_one_object(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result == json.loads(output.read_text())
-    assert {"name", "versions", "machine", "command", "rows", "overhead_fraction", "plugin_fraction"} <= set(result)
-    assert (result["name"], result["ranks"], result["interval"]) == ("overhead", 2, 50)
-    assert [row["replica"] for row in result["rows"]] == ["plugin", "pinned"]
-    assert result["plugin_fraction"] > 0
+    figures = {f"{prefix}{name}_fraction" for prefix in ("", "probe_") for name in ("overhead", "cpu", "plugin")}
+    assert {"name", "versions", "machine", "command", "rows", *figures} <= set(result)
+    assert (result["name"], result["ranks"], result["interval"]) == ("overhead", 2, 8)
+    assert [(row["pair"], row["replica"]) for row in result["rows"]] == [
+        (pair, replica) for pair in ("norm", "probe") for replica in ("plugin", "pinned")
+    ]
+    assert min(result["plugin_fraction"], result["probe_plugin_fraction"]) > 0

@@ -23,7 +23,7 @@ def test_quick_run_prints_one_object(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result == json.loads(output.read_text())
-    assert {"name", "versions", "machine", "command", "rows", "refused"} <= set(result)
+    assert {"name", "versions", "machine", "command", "rows", "refused", "quantiser"} <= set(result)
     assert (result["name"], result["tokens"], result["blocks"], result["refused"]) == ("storage", 1024, 4, [])
     rows = {row["storage"]: row for row in result["rows"]}
     assert list(rows) == list(STORAGES)
@@ -40,3 +40,14 @@ def test_quick_run_prints_one_object(tmp_path: Path) -> None:
     assert rows["recompute"]["peak_fraction"] < 0.5
     assert rows["offload"]["held_fraction"] < 0.01
     assert rows["offload"]["peak_fraction"] < 0.55  # two blocks of four
+    assert rows["compress8"]["held_fraction"] <= 0.28
+    assert rows["compress4"]["held_fraction"] <= 0.16
+    assert {(row["dtype"], row["bits"], row["direction"]) for row in result["quantiser"]} == {
+        (dtype, bits, direction)
+        for dtype in ("fp32", "bf16", "fp16")
+        for bits in (8, 4)
+        for direction in ("quantise", "dequantise")
+    }
+    for row in result["quantiser"]:
+        assert 0 < row["minimum_seconds"] <= row["median_seconds"]
+        assert row["fraction_of_memory_copy"] > 0

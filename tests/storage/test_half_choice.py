@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradckpt_dist.storage.half_choice import MAX_FRONTIER, PROFILED_CALLS, Cost, HalfChoice, choose
+from gradckpt_dist.storage.half_choice import (
+    MAX_FRONTIER,
+    MAX_SHAPES,
+    PROFILED_CALLS,
+    Cost,
+    HalfChoice,
+    HalfChoices,
+    choose,
+)
 from gradckpt_dist.storage.operations import Kind, Occurrence, Operation
 
 COSTS = st.lists(st.tuples(st.integers(0, 30), st.floats(0, 1)), max_size=9)
@@ -63,3 +71,14 @@ def test_the_choice_is_by_the_median_of_the_profiled_calls() -> None:
     assert not choice.selection.keeps(("op", 0))
     assert choice.selection.considers("op", Operation(kind=Kind.EXPENSIVE))
     assert not choice.selection.considers("another", Operation(kind=Kind.EXPENSIVE))
+
+
+def test_inputs_of_any_length_share_the_choices_of_the_first_lengths() -> None:
+    choices = HalfChoices()
+    first = [choices.find("kind", ((2, 10 * (length + 1)),)) for length in range(MAX_SHAPES)]
+    assert len({id(choice) for choice in first}) == len(choices) == MAX_SHAPES
+    assert choices.find("kind", ((2, 10),)) is first[0]
+    assert choices.find("kind", ((2, 33),)) is first[2]
+    assert choices.find("kind", ((2, 1000),)) is first[-1]
+    assert choices.find("another", ((2, 33),)) not in first
+    assert len(choices) == MAX_SHAPES + 1

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gradckpt_dist import StorageError
 from gradckpt_dist.storage import Storage, StorageContext, create_storage
-from gradckpt_dist.storage.half_choice import PROFILED_CALLS
+from gradckpt_dist.storage.half_choice import PROFILED_CALLS, HalfChoice
 from gradckpt_dist.storage.ledger import Ledger
 
 NAMES = ("selective", "selective_half")
@@ -292,21 +292,27 @@ def test_without_gradients_nothing_is_held() -> None:
     assert not output.requires_grad
 
 
-def test_the_choice_is_made_once_for_all_blocks_of_a_kind() -> None:
+def test_the_choice_is_made_once_for_all_blocks_of_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    learned: list[HalfChoice] = []
+    learn = HalfChoice.learn
+
+    def noted(self: HalfChoice, *args: Any) -> Any:
+        learned.append(self)
+        return learn(self, *args)
+
+    monkeypatch.setattr(HalfChoice, "learn", noted)
     context = StorageContext()
-    blocks = transformer(PROFILED_CALLS + 1)
-    ones = [create_storage("selective_half", block, context) for block in blocks]
+    ones = [create_storage("selective_half", block, context) for block in transformer(PROFILED_CALLS + 1)]
     x = torch.randn(2, 64, 64, requires_grad=True)
     run(ones, x)
-    (choice,) = context.half_choices.values()
-    assert choice.settled
     run(ones, x)
-    assert len(context.half_choices) == 1
+    assert learned == learned[:1] * PROFILED_CALLS
     run(ones, x[:, :32])
     with torch.autocast("cpu", torch.bfloat16):
         run(ones, x)
     run([create_storage("selective_half", Block(64, 2, 0.5), context)], x)
-    assert len(context.half_choices) == 4
+    assert len(context.half_choices) == len(set(learned)) == 4
+    assert len(learned) == 3 * PROFILED_CALLS + 1
 
 
 # -- bytes ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,144 @@
+"""The bench's three phases on one model: settle our masks, time every system in turn, measure their bytes."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
+
+from gradckpt_dist.bench.frontier import memory
+from gradckpt_dist.bench.frontier.crew import Crew, batches
+from gradckpt_dist.bench.frontier.peers import BY_BUDGET
+from gradckpt_dist.bench.frontier.plan import FrontierPlan, ModelPlan
+from gradckpt_dist.bench.frontier.processes import WorkerProcess
+from gradckpt_dist.bench.frontier.setting import OURS, Setting
+from gradckpt_dist.bench.record import progress
+
+_STEP = {"do": "timed_step"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Of one setting's steps; the ratio is of minima, to eager ``keep`` in the same rounds."""
+
+    minimum_seconds: float
+    median_seconds: float
+    step_ratio: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bytes:
+    """Of one setting's steps, and the error of their gradients."""
+
+    peak_bytes: int
+    held_bytes: int
+    relative_error: float
+
+
+def settle(crew: Crew, model: ModelPlan) -> list[Setting]:
+    """Ours at every budget and tolerance, with the masks that they come to."""
+    settled = []
+    for setting in model.ours():
+        progress(f"settling {setting}")
+        with crew.working([setting]) as working:
+            for worker, _ in working.values():
+                for budget in model.budgets:
+                    answer = crew.ask(replace(setting, budget=budget), worker, {"do": "settle", "budget": budget})
+                    if answer is not None:
+                        settled.append(replace(setting, budget=budget, storages=tuple(answer["storages"])))
+    return settled
+
+
+def first_with_mask(settings: Sequence[Setting]) -> dict[Setting, Setting]:
+    """For each setting the first one that does the same: ours do if they have the same mask on the same blocks."""
+    first: dict[tuple[Any, ...], Setting] = {}
+    same = {}
+    for setting in settings:
+        work = (setting.compiled, setting.storages) if setting.system == OURS else (setting,)
+        same[setting] = first.setdefault(work, setting)
+    return same
+
+
+class Timer:
+    """Times settings in groups, eager ``keep`` being in each. ``same``: settings found to do what another one does."""
+
+    def __init__(self, crew: Crew, plan: FrontierPlan, reference: Setting) -> None:
+        self._crew = crew
+        self._plan = plan
+        self._reference = reference
+        self._by_saved: dict[str, Setting] = {}
+        self.same: dict[Setting, Setting] = {}
+        self.timings: dict[Setting, Timing] = {}
+
+    def run(self, settings: Sequence[Setting]) -> None:
+        """Time these, and the reference."""
+        with self._crew.working([self._reference]) as working:
+            keep, _ = working[self._reference]
+            groups = list(batches(settings, self._plan.group))
+            for number, group in enumerate(groups):
+                progress(f"timing group {number + 1} of {len(groups)} on {self._reference.model}")
+                self._time_group(group, keep)
+
+    def _time_group(self, group: Sequence[Setting], keep: WorkerProcess) -> None:
+        with self._crew.working(group) as working:
+            workers = {self._reference: keep}
+            for setting, (worker, built) in working.items():
+                if self._is_first(setting, built["saved"]):
+                    workers[setting] = worker
+            samples = self._sample(workers)
+        least = min(samples[self._reference])
+        for setting, seconds in samples.items():
+            timing = Timing(
+                minimum_seconds=min(seconds),
+                median_seconds=statistics.median(seconds),
+                step_ratio=min(seconds) / least,
+            )
+            self.timings.setdefault(setting, timing)
+
+    def _is_first(self, setting: Setting, saved: str) -> bool:
+        """Whether no other setting compiles to a plan that saves the same tensors in the same order."""
+        if not setting.compiled or setting.system not in {"keep", *BY_BUDGET}:
+            return True
+        first = self._by_saved.setdefault(saved, setting)
+        if first != setting:
+            self.same[setting] = first
+        return first == setting
+
+    def _sample(self, workers: dict[Setting, WorkerProcess]) -> dict[Setting, list[float]]:
+        samples: dict[Setting, list[float]] = {setting: [] for setting in workers}
+        for number in range(self._plan.rounds):
+            order = list(workers)[number % len(workers) :] + list(workers)[: number % len(workers)]
+            for setting in order:
+                answer = self._crew.ask(setting, workers[setting], _STEP)
+                if answer is None:
+                    del workers[setting]
+                else:
+                    samples[setting].append(answer["seconds"])
+        return {setting: samples[setting] for setting in workers}
+
+
+def measure_bytes(crew: Crew, settings: Sequence[Setting]) -> dict[Setting, Bytes]:
+    """In processes that hand back to the system what they free. Ours share one for all masks of a configuration."""
+    jobs = [list(job) for _, job in groupby(settings, key=_job)]
+    found: dict[Setting, Bytes] = {}
+    for wave in batches(jobs, crew.at_once):
+        progress(f"measuring bytes: {', '.join(str(job[0]) for job in wave)}")
+        by_first = {job[0]: job for job in wave}
+        with crew.working(list(by_first), reference=True, environment=memory.THRESHOLDS) as working:
+            for first, (worker, _) in working.items():
+                for setting in by_first[first]:
+                    worker.send({"do": "measure", "storages": setting.storages})
+            for first, (worker, _) in working.items():
+                for setting in by_first[first]:
+                    answer = crew.answer(setting, worker)
+                    if answer is not None:
+                        found[setting] = Bytes(**answer)
+    return found
+
+
+def _job(setting: Setting) -> tuple[Any, ...]:
+    if setting.system == OURS:
+        return setting.system, setting.compiled, setting.tolerance
+    return (setting,)
