@@ -1,13 +1,15 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test test-bench check bench clean
 export OMP_NUM_THREADS ?= 1
 
 BIN := .venv/bin
 STAMP := .venv/.complete
 EXTRAS := dev,transformers
+# Many tests wait for processes of their own, so that two cores serve three of them at once.
+WORKERS ?= 3
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv once, with the exact versions of constraints.txt
 
@@ -30,8 +32,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup ## train a small GPT on real text on two ranks: plain, fully checkpointed, under gradckpt
 	$(BIN)/python launch/demo.py
 
-test: setup ## all tests
-	$(BIN)/python -m pytest -q
+test: setup ## all tests but the benches' whole quick runs
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not bench"
+
+test-bench: setup ## the benches' quick runs, one after the other
+	$(BIN)/python -m pytest -q -m bench
 
 check: setup ## formatting, lint, types and the order of imports
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ from gradckpt_dist.config_checks import byte_count
 from gradckpt_dist.cost.limits import Limits
 from gradckpt_dist.cost.table import CostTable
 
-PLANNED_SHARE = 0.5
+PLANNED_SHARE = 0.4
 """Of the tolerance, what a plan may use: predictions are of past steps, and errors grow as training goes on."""
 
 

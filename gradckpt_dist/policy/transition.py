@@ -44,7 +44,8 @@ def next_choice(
 def _step(costs: CostTable, current: Choice, aim: Choice, most: int, fits: Callable[[Choice], bool]) -> Choice:
     """The most saving step of at most ``most`` changes: the fastest changes, and those that make room for them.
 
-    Of equally fast ones the later: what a block holds is in the way of the working sets of those behind it.
+    Of equally fast ones the later: what a block holds is in the way of the working sets of those behind it. Where no
+    such step fits, the whole way at once, which does.
     """
     blocks = np.arange(costs.blocks)
     saved = costs.extra_seconds[blocks, current] - costs.extra_seconds[blocks, aim]
@@ -54,7 +55,7 @@ def _step(costs: CostTable, current: Choice, aim: Choice, most: int, fits: Calla
     faster = faster[np.lexsort((-faster, -saved[faster]))]
     slower = changed[saved[changed] <= 0]
     slower = slower[np.argsort(-saved[slower] / np.maximum(freed[slower], 1), kind="stable")]
-    best, best_saved = current, 0.0
+    best, best_saved = aim, 0.0
     taken = made_room = 0
     while taken < len(faster) and taken + made_room < most:
         step = current.copy()

@@ -40,16 +40,17 @@ def _check_rows(result: dict) -> None:
     assert keep["step_ratio"] == rows["uneven", "keep", None, 0.0]["step_ratio"] == 1
     for tolerance in (0.0, 0.05):
         least, most = (rows["demo", "gradckpt", budget, tolerance] for budget in (0.0, 1.0))
-        # Two blocks hold about 4.5 MiB, their inputs 0.5 MiB.
-        assert least["held_bytes"] < recompute["held_bytes"] + 2**19
+        # Two blocks hold about 4.5 MiB, their inputs 0.5 MiB; the last block is kept where that takes no more at the peak.
+        assert least["peak_bytes"] < recompute["peak_bytes"] + 2**20
         assert most["held_bytes"] < keep["held_bytes"] + 2**19
         assert [sum(int(part.split()[0]) for part in row["mask"].split(", ")) for row in (least, most)] == [2, 2]
     assert recompute["held_bytes"] < keep["held_bytes"] / 3
     assert rows["demo", "pytorch_sac", None, 0.0]["held_bytes"] < keep["held_bytes"]
     half, all_kept = (rows["uneven", *key] for key in (("gradckpt", 0.5, 0.0), ("keep", None, 0.0)))
-    assert half["held_bytes"] < 0.7 * all_kept["held_bytes"]
+    assert half["peak_bytes"] < 0.9 * all_kept["peak_bytes"]
 
 
+@pytest.mark.bench
 def test_quick_run_prints_one_object_and_draws_it(tmp_path: Path) -> None:
     pytest.importorskip("torchtitan")
     pytest.importorskip("matplotlib")
@@ -71,6 +72,7 @@ def test_quick_run_prints_one_object_and_draws_it(tmp_path: Path) -> None:
     assert "no figure" not in progress
 
 
+@pytest.mark.bench
 def test_missing_packages_are_reported_and_the_rest_is_measured(tmp_path: Path) -> None:
     hidden = tmp_path / "hidden"
     hidden.mkdir()

@@ -35,6 +35,7 @@ PLAN = {
 BASELINES = ("true", "first", "random", "static")
 
 
+@pytest.mark.bench
 def test_quick_run_prints_one_object(tmp_path: Path) -> None:
     output = tmp_path / "impact.json"
     command = [sys.executable, "-m", "gradckpt_dist", "bench", "impact", "--quick", "--json", "--output", str(output)]

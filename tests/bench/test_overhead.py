@@ -6,9 +6,11 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
 from support import run_command
 
 
+@pytest.mark.bench
 def test_quick_run_prints_one_object(tmp_path: Path) -> None:
     output = tmp_path / "deep" / "overhead.json"
     command = [sys.executable, "-m", "gradckpt_dist", "bench", "overhead", "--quick", "--json", "--output", str(output)]

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
 from support import run_command
 
 from gradckpt_dist.storage import STORAGES
@@ -16,6 +17,7 @@ KEYS = {
 }  # fmt: skip
 
 
+@pytest.mark.bench
 def test_quick_run_prints_one_object(tmp_path: Path) -> None:
     output = tmp_path / "deep" / "storage.json"
     command = [sys.executable, "-m", "gradckpt_dist", "bench", "storage", "--quick", "--json", "--output", str(output)]
