@@ -40,7 +40,7 @@ def _check_rows(result: dict) -> None:
     assert keep["step_ratio"] == rows["uneven", "keep", None, 0.0]["step_ratio"] == 1
     for tolerance in (0.0, 0.05):
         least, most = (rows["demo", "gradckpt", budget, tolerance] for budget in (0.0, 1.0))
-        # Two blocks hold about 4.5 MiB, their inputs 0.5 MiB; the last block is kept where that takes no more at the peak.
+        # Two blocks hold about 4.5 MiB. The last one is kept where that takes no more at the peak.
         assert least["peak_bytes"] < recompute["peak_bytes"] + 2**20
         assert most["held_bytes"] < keep["held_bytes"] + 2**19
         assert [sum(int(part.split()[0]) for part in row["mask"].split(", ")) for row in (least, most)] == [2, 2]
