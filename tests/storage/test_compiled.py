@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 
 import gradckpt_dist
 from gradckpt_dist import StorageError
-from gradckpt_dist.storage import STORAGES, Storage
+from gradckpt_dist.storage import Storage
 from gradckpt_dist.storage.compiled import CompiledSelective, CompiledSelectiveHalf
 from gradckpt_dist.storage.keep import Keep
 from gradckpt_dist.storage.ledger import Ledger
@@ -75,12 +75,14 @@ def test_wrong_dropout_is_refused_with_the_reason() -> None:
 
 def test_changing_the_mask_compiles_nothing_new() -> None:
     torch.manual_seed(0)
-    names = [name for name in ("keep", "recompute", "selective", "selective_half") if name in STORAGES]
-    model = GPT(vocabulary=11, context=32, width=32, layers=len(names), heads=2, dropout=0.0)
+    exact = ("keep", "recompute", "selective", "selective_half", "offload")
+    names = [*exact, "compress8", "compress4"]
+    model = GPT(vocabulary=11, context=32, width=64, layers=len(names), heads=2, dropout=0.0)
     for block in model.blocks:
         block.compile()
-    engine = gradckpt_dist.enable(model, {"storages": names})
-    tokens = torch.randint(11, (4, 32))
+    config = {"policy": "static", "storages": names, "gradient_tolerance": 0.5}
+    engine = gradckpt_dist.enable(model, config)
+    tokens = torch.randint(11, (8, 32))
 
     def gradients(mask: list[str]) -> list[Tensor]:
         engine.set_mask(mask)
@@ -94,7 +96,9 @@ def test_changing_the_mask_compiles_nothing_new() -> None:
     compiled = counters["stats"]["unique_graphs"]
     assert compiled > 0
     for shift in range(len(names)):
-        mixed = gradients(names[shift:] + names[:shift])
+        gradients(names[shift:] + names[:shift])
+    for shift in range(len(exact)):
+        mixed = gradients([exact[(i + shift) % len(exact)] for i in range(len(names))])
         assert all(torch.equal(one, other) for one, other in zip(mixed, reference, strict=True))
     assert counters["stats"]["unique_graphs"] == compiled
     engine.disable()
