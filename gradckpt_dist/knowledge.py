@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -77,7 +78,7 @@ class Knowledge:
         scalars = _BYTES_BY_BLOCK * self._scope.blocks
         self._update_bytes(maxima[:scalars], maxima[scalars : scalars + 3], mask)
         available, self.plugin_seconds = maxima[scalars + 3 : scalars + _SCALARS]
-        self.available_bytes = int(-available)
+        self.available_bytes = int(-available) if math.isfinite(available) else self.available_bytes
         if self.costs is not None and self.errors is not None:
             probes_size = self._scope.blocks * block_fields(len(self._scope.lossy)) + 1
             self.errors.update(sums[impact_size : impact_size + probes_size], sums[impact_size + probes_size :])
@@ -129,9 +130,9 @@ class Knowledge:
             self.costs.load_state_dict(state["costs"])
 
     def _update_bytes(self, by_block: Sequence[float], totals: Sequence[float], mask: Mask) -> None:
-        held, peak, process_peak = (int(value) for value in totals)
-        if not held:
+        if not all(math.isfinite(value) for value in (*by_block, *totals)) or not totals[0]:
             return
+        held, peak, process_peak = (int(value) for value in totals)
         blocks = self._scope.blocks
         keep, recompute, stored = (tuple(map(int, by_block[i * blocks : (i + 1) * blocks])) for i in range(3))
         # A compiled variant does not run what `keep` would: then what was known before stays.

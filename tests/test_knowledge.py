@@ -55,6 +55,18 @@ def test_a_window_without_measurement_leaves_the_bytes() -> None:
     assert (knowledge.held_bytes, knowledge.plugin_seconds) == (150, 0.5)
 
 
+@pytest.mark.parametrize("fault", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("position", [0, 8, 9])
+def test_bytes_that_a_faulty_rank_made_non_finite_teach_nothing(fault: float, position: int) -> None:
+    knowledge, mask = _knowledge(), _mask("keep", "recompute")
+    knowledge.update(SUMS, _maxima(MEASURED), mask)
+    before = knowledge.evidence(mask)
+    faulty = _maxima(MEASURED)
+    faulty[position] = fault
+    knowledge.update(SUMS, faulty, mask)
+    assert knowledge.evidence(mask) == before
+
+
 def test_other_storages_are_known_where_they_were_used() -> None:
     knowledge, mask = _knowledge(), _mask("offload", "recompute")
     knowledge.update(SUMS, _maxima([100.0, 200.0, 10.0, 20.0, 30.0, 20.0, 50.0, 250.0, 1000.0]), mask)
