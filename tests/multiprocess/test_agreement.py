@@ -58,7 +58,7 @@ def _disturb(engine: gradckpt_dist.Engine, disturb: str) -> None:
     """Make this rank's own statistics faulty; no real model does it on one rank only and on demand."""
     impact = engine._observer.impact
     if disturb == "samples nothing":
-        impact.watch = lambda index, output: None
+        impact.watch = lambda index, output, inputs: None
     elif disturb in {"nan", "inf"}:
         end_step = impact.end_step
 

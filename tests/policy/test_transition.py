@@ -73,7 +73,9 @@ def test_at_the_peak_of_full_recompute_the_last_blocks_change_first() -> None:
 
 
 @given(st.sampled_from(list(KINDS)), st.integers(2, 60), st.integers(0, 2**32 - 1), st.floats(0.01, 1))
-def test_every_step_fits_saves_and_is_no_larger_than_allowed(kind: str, blocks: int, seed: int, share: float) -> None:
+def test_every_step_fits_saves_and_is_no_larger_than_allowed_or_goes_all_the_way(
+    kind: str, blocks: int, seed: int, share: float
+) -> None:
     instance = create_planner_instance(kind, blocks, np.random.default_rng(seed), lossy=True)
     costs, limits = instance.costs, instance.limits
     tight = solve(costs, peak_bytes=limits.peak_bytes, squared_error=0.0)
@@ -89,7 +91,8 @@ def test_every_step_fits_saves_and_is_no_larger_than_allowed(kind: str, blocks: 
     rules = ChangeRules(interval=50, relaxed_share=share)
     step = next_choice(costs, tight.choice, best.choice, rules, fits)
     assert fits(step)
-    assert (step != tight.choice).sum() <= max(1, np.ceil(share * blocks))
+    most = max(1, np.ceil(share * blocks))
+    assert (step != tight.choice).sum() <= most or (step == best.choice).all()
     assert set(np.flatnonzero(step != tight.choice)) <= set(np.flatnonzero(best.choice != tight.choice))
     if (step != tight.choice).any():
         assert costs.seconds_of(step) < costs.seconds_of(tight.choice)
