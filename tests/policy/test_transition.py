@@ -73,9 +73,7 @@ def test_at_the_peak_of_full_recompute_the_last_blocks_change_first() -> None:
 
 
 @given(st.sampled_from(list(KINDS)), st.integers(2, 60), st.integers(0, 2**32 - 1), st.floats(0.01, 1))
-def test_every_step_fits_saves_and_is_small_or_the_last(
-    kind: str, blocks: int, seed: int, share: float
-) -> None:
+def test_every_step_fits_saves_and_is_small_or_the_last(kind: str, blocks: int, seed: int, share: float) -> None:
     instance = create_planner_instance(kind, blocks, np.random.default_rng(seed), lossy=True)
     costs, limits = instance.costs, instance.limits
     tight = solve(costs, peak_bytes=limits.peak_bytes, squared_error=0.0)
