@@ -77,13 +77,14 @@ def dequantise(quantised: Quantised) -> Tensor:
 
 
 class _Kernel:
-    """A function of ``kernels``, compiled at its first call; eager where that fails, and for a single chunk."""
+    """A function of ``kernels``, compiled at its first call on a CPU and elsewhere; eager where that fails, and for a single chunk."""
 
     _warned = False
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], cpu_options: dict[str, Any] | None = None) -> None:
         self._function = function
-        self._compiled: Callable[..., Any] | None = None
+        self._cpu_options = cpu_options
+        self._compiled: dict[bool, Callable[..., Any]] = {}
         self._eager = False
 
     def __call__(self, first: Tensor, *others: Tensor) -> Any:
@@ -91,11 +92,11 @@ class _Kernel:
         if self._eager or first.shape[0] < 2:
             return self._function(first, *others)
         try:
-            if self._compiled is None:
-                self._compiled = _compile(self._function)
-            for tensor in (first, *(other for other in others if other.dim() == 3)):
+            if first.is_cpu not in self._compiled:
+                self._compiled[first.is_cpu] = _compile(self._function, self._cpu_options if first.is_cpu else None)
+            for tensor in (first, *(other for other in others if other.dim() > 1)):
                 mark_dynamic(tensor, 0)
-            return self._compiled(first, *others)
+            return self._compiled[first.is_cpu](first, *others)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -116,14 +117,14 @@ class _Kernel:
             )
 
 
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compile(function: Callable[..., Any], options: dict[str, Any] | None) -> Callable[..., Any]:
     if dynamo_config.disable:
         raise RuntimeError("it has been disabled")
-    return torch.compile(function, fullgraph=True)
+    return torch.compile(function, fullgraph=True, options=options)
 
 
-_quantise8 = _Kernel(kernels.quantise8)
-_quantise4 = _Kernel(kernels.quantise4)
+_quantise8 = _Kernel(kernels.quantise8, kernels.CPU_OPTIONS)
+_quantise4 = _Kernel(kernels.quantise4, kernels.CPU_OPTIONS)
 _dequantise8 = _Kernel(kernels.dequantise8)
 _dequantise4 = _Kernel(kernels.dequantise4)
 
