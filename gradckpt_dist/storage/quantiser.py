@@ -63,7 +63,7 @@ def quantise(tensor: Tensor, bits: int, noise: NoiseSource) -> Quantised | None:
         else:
             seed = torch.full((1,), noise.draw(), dtype=torch.int32, device=tensor.device)
             codes, origin, scale = _quantise4(chunks, seed)
-        if tensor.device.type == "cpu" and bool(origin.isnan().any()):
+        if tensor.device.type == "cpu" and _holds_nan(origin):
             return None
         return Quantised(codes=codes, origin=origin, scale=scale, bits=bits, shape=tensor.shape)
 
@@ -77,7 +77,7 @@ def dequantise(quantised: Quantised) -> Tensor:
 
 
 class _Kernel:
-    """A function of ``kernels``, compiled at its first call on a CPU and elsewhere; eager where that fails, and for a single chunk."""
+    """A function of ``kernels``, compiled at its first call on a CPU, and elsewhere; eager where that fails, and for one chunk."""
 
     _warned = False
 
@@ -136,6 +136,11 @@ def _chunked(tensor: Tensor) -> Tensor:
     if missing:
         flat = torch.cat([flat, flat[-1:].expand(missing)])
     return flat.view(-1, kernels.GROUP, kernels.LANES)
+
+
+def _holds_nan(origin: Tensor) -> bool:
+    """In one pass: a maximum is NaN if any value is."""
+    return origin.numel() > 0 and bool(origin.max().isnan())
 
 
 @contextmanager
