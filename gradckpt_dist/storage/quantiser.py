@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def dequantise(quantised: Quantised) -> Tensor:
 
 
 class _Kernel:
-    """A function of ``kernels``, compiled at its first call on a CPU, and elsewhere; eager where that fails, and for one chunk."""
+    """A function of ``kernels``, compiled at its first call there; eager if that fails, and for one chunk."""
 
     _warned = False
 
@@ -143,14 +144,25 @@ def _holds_nan(origin: Tensor) -> bool:
     return origin.numel() > 0 and bool(origin.max().isnan())
 
 
-@contextmanager
-def _plain_torch() -> Iterator[None]:
+def _plain_torch() -> AbstractContextManager[None]:
     """No gradients, no autocast and no modes of the caller's: torch.compile would make a graph for each such state."""
+    autocast = [device for device in _autocast_devices() if torch.is_autocast_enabled(device)]
+    if autocast or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return _without_modes(autocast)
+    return torch.no_grad()
+
+
+@cache
+def _autocast_devices() -> tuple[str, ...]:
+    return "cpu", torch._C._get_accelerator().type
+
+
+@contextmanager
+def _without_modes(autocast: list[str]) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        for device in ("cpu", torch._C._get_accelerator().type):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
+        for device in autocast:
+            stack.enter_context(torch.autocast(device, enabled=False))
         if torch._C._len_torch_dispatch_stack():
             stack.enter_context(_disable_current_modes())
         while torch._C._len_torch_function_stack():
