@@ -1,14 +1,21 @@
 """The quantiser's arithmetic, written once: plain operations that torch.compile fuses.
 
 A tensor comes as [chunks, 128, 16], and the 128 values of a group lie 16 apart: code for a CPU then works on 16 groups
-at once, with nothing to add up across a vector. A group's origin is its minimum, in the input's dtype: one of its
-values, hence exact. Its scale is rounded up to what a bfloat16 holds, so that the largest value still has a code.
-Beside float16, which code generation for the CPU does not mix with bfloat16, it is kept as a float32. What is not
-finite, or spans more than half of what a float32 can hold, makes the origin of its group NaN, and with it the whole
-group when it comes back.
+at once, with nothing to add up across a vector. Codes are int32 words of 4 or 8 consecutive values of one group, which
+takes fewer instructions than single bytes do. A group's origin is its minimum, in the input's dtype: one of its values,
+hence exact. Its scale is rounded up to what a bfloat16 holds, so that the largest value still has a code. Beside
+float16, which code generation for the CPU does not mix with bfloat16, it is kept as a float32. What is not finite, or
+spans more than half of what a float32 can hold, makes the origin of its group NaN, and with it the whole group when it
+comes back.
+
+Quantising works on [chunks, 16, rows]: with ``CPU_OPTIONS`` the compiler keeps loops in this order, so that its loops
+for the extremes, the scale and the codes have chunks and lanes in common and become one, whose second read of a chunk
+comes from the cache. This takes that none of the three can be iterated as chunks * lanes: see ``_extremes``.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,70 +23,94 @@ from torch import Tensor
 GROUP = 128
 LANES = 16
 CHUNK = GROUP * LANES
-_HALF = GROUP // 2
+CPU_OPTIONS: dict[str, Any] = {
+    "pick_loop_orders": False,
+    "realize_acc_reads_threshold": 32,
+    "realize_opcount_threshold": 256,
+}
+"""For torch.compile when it compiles the quantising for a CPU: keep the loops in order, and a word's codes in one."""
 _SMALLEST_SCALE = 2.0**-126
 """The smallest normal number, whose inverse is finite: constant groups have it too."""
 _WIDEST_SPAN = 1.7e38
 _LARGEST = 3.3e38
-_UNIT = 2.0**-32 * (1 - 2.0**-18)
-"""What makes int32 noise of at most half a level, and not so much that 15 would become 16."""
+_FRACTION_BITS = 27
+"""Of a 4-bit code before its noise is added and its fraction cut off."""
+_NOISE = (1 << _FRACTION_BITS) - (1 << 9)
+"""The bits of a hash that are noise; without the lowest ones, so that 15 and what it is rounded by cannot become 16."""
+_MULTIPLIERS = (
+    0x9E3779B1,
+    0x85EBCA6B,
+    0xC2B2AE35,
+    0x27D4EB2F,
+    0x165667B1,
+    0xCC9E2D51,
+    0x1B873593,
+    0xE6546B65,
+)
 
 Packed = tuple[Tensor, Tensor, Tensor]
 """Codes, origins and scales."""
 
 
 def quantise8(x: Tensor) -> Packed:
-    """Round to nearest: codes are uint8 [chunks, 128, 16], one each."""
-    values = x.float()
+    """Round to nearest: codes are int32 [chunks, 16, 32] with the lanes innermost in memory, four values a word."""
+    values = _in_words(x, 4)
     low, high = _extremes(values)
     origin, scale, inverse = _affine(low, high, 255)
-    codes = ((values - low) * inverse).round().to(torch.uint8)
-    return codes, origin.to(x.dtype), scale.to(_scale_dtype(x.dtype))
+    codes = [((value - low[:, :, None]) * inverse + 0.5).to(torch.int32) for value in values]
+    return _word(codes, 8), origin.to(x.dtype), scale.to(_scale_dtype(x.dtype))
 
 
 def dequantise8(codes: Tensor, origin: Tensor, scale: Tensor) -> Tensor:
     """The values of ``quantise8``, [chunks, 128, 16] in the dtype of ``origin``."""
-    return _value(codes, origin, scale)
+    return _values(codes, origin, scale, 8)
 
 
 def quantise4(x: Tensor, seed: Tensor) -> Packed:
     """Stochastic rounding, unbiased to 2^-18 of a level, by noise from ``seed`` (int32 [1]).
 
-    Codes are uint8 [chunks, 64, 16]: those of the first halves of the groups, and in the upper bits of the second ones.
+    Codes are int32 [chunks, 16, 16] with the lanes innermost in memory, eight values a word.
     """
-    values = x.float()
+    values = _in_words(x, 8)
     low, high = _extremes(values)
     origin, scale, inverse = _affine(low, high, 15)
-    first, second = (
-        ((half - low) * inverse + noise).to(torch.int32)
-        for half, noise in zip(values.chunk(2, 1), _noise(x, seed), strict=True)
-    )
-    return (first + second * 16).to(torch.uint8), origin.to(x.dtype), scale.to(_scale_dtype(x.dtype))
+    codes = [
+        ((value - low[:, :, None]) * inverse * 2.0**_FRACTION_BITS).to(torch.int32) + noise >> _FRACTION_BITS
+        for value, noise in zip(values, _noise(x, seed), strict=True)
+    ]
+    return _word(codes, 4), origin.to(x.dtype), scale.to(_scale_dtype(x.dtype))
 
 
 def dequantise4(codes: Tensor, origin: Tensor, scale: Tensor) -> Tensor:
     """The values of ``quantise4``, [chunks, 128, 16] in the dtype of ``origin``."""
-    wide = codes.to(torch.int32)
-    return torch.cat([_value(wide & 15, origin, scale), _value(wide >> 4, origin, scale)], 1)
+    return _values(codes, origin, scale, 4)
 
 
-def _extremes(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Minimum and maximum of each group, [chunks, 1, 16].
+def _in_words(x: Tensor, count: int) -> list[Tensor]:
+    """The first, second, ... values of all words of ``count``, float32 [chunks, 16, 128 / count] each."""
+    words = x.view(-1, GROUP // count, count, LANES).float()
+    return [words[:, :, number].transpose(1, 2) for number in range(count)]
 
-    By quarters first: one long chain of minima would wait for each of them in turn.
+
+def _extremes(values: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum of each group, [chunks, 16].
+
+    Over a word's values first: one long chain of minima would wait for each of them in turn. The maximum takes in the
+    first value once more: it changes nothing, but what reads the input cannot be iterated as chunks * lanes.
     """
-    one, two, three, four = values.chunk(4, 1)
-    low = torch.minimum(torch.minimum(one, two), torch.minimum(three, four))
-    high = torch.maximum(torch.maximum(one, two), torch.maximum(three, four))
-    return low.amin(1, keepdim=True), high.amax(1, keepdim=True)
+    lows = highs = values
+    while len(lows) > 1:
+        lows = [torch.minimum(*pair) for pair in zip(lows[::2], lows[1::2], strict=True)]
+        highs = [torch.maximum(*pair) for pair in zip(highs[::2], highs[1::2], strict=True)]
+    return lows[0].amin(2), torch.maximum(highs[0].amax(2), values[0][:, :, 0])
 
 
 def _affine(low: Tensor, high: Tensor, levels: int) -> Packed:
-    """Origin, scale and its inverse, float32 [chunks, 1, 16]."""
+    """Origin and scale, float32 [chunks, 16], and the scale's inverse, [chunks, 16, 1]."""
     span = high - low
     scale = _rounded_up((span * (1 / levels)).clamp(min=_SMALLEST_SCALE))
     origin = torch.where((span <= _WIDEST_SPAN) & (high <= _LARGEST), low, torch.nan)
-    return _once(origin), _once(scale), _once(1 / scale)
+    return origin, scale, _once(1 / scale)[:, :, None]
 
 
 def _rounded_up(x: Tensor) -> Tensor:
@@ -96,6 +127,19 @@ def _once(x: Tensor) -> Tensor:
     return x.as_strided(x.shape, x.stride())
 
 
+def _word(codes: list[Tensor], bits: int) -> Tensor:
+    word = codes[0]
+    for number, code in enumerate(codes[1:], 1):
+        word = word | code << bits * number
+    return word
+
+
+def _values(words: Tensor, origin: Tensor, scale: Tensor, bits: int) -> Tensor:
+    words, origin, scale = words.transpose(1, 2), origin[:, None], scale[:, None]
+    codes = [words >> shift & (1 << bits) - 1 for shift in range(0, 32, bits)]
+    return torch.stack([_value(code, origin, scale) for code in codes], 2).view(-1, GROUP, LANES)
+
+
 def _value(codes: Tensor, origin: Tensor, scale: Tensor) -> Tensor:
     value = codes.float() * scale.float() + origin.float()
     if origin.dtype == torch.float16:
@@ -103,17 +147,16 @@ def _value(codes: Tensor, origin: Tensor, scale: Tensor) -> Tensor:
     return value.to(origin.dtype)
 
 
-def _noise(x: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
-    """Uniform in (0, 1) for both halves of the groups, float32 [chunks, 64, 16] each.
+def _noise(x: Tensor, seed: Tensor) -> list[Tensor]:
+    """Uniform in [0, 2^27), int32 [chunks, 16, 16], for each of the values of a word.
 
-    Each group starts from a well mixed number, which differs between draws; each of its rows then changes bits of that
-    and multiplies, whose upper bits are what counts.
+    Each group starts from a well mixed number, which differs between draws; each of its words then changes bits of
+    that, and each value multiplies by a number of its own, whose upper bits are what counts.
     """
-    lanes = torch.arange(x.shape[0] * LANES, dtype=torch.int32, device=x.device).view(-1, 1, LANES)
-    rows = torch.arange(_HALF, dtype=torch.int32, device=x.device).view(_HALF, 1)
-    bits = _once(_hash(lanes ^ seed)) ^ _once(_hash(rows + 1))
-    first, second = (bits * _signed(multiplier) for multiplier in (0x9E3779B1, 0x85EBCA6B))
-    return first.float() * _UNIT + 0.5, second.float() * _UNIT + 0.5
+    lanes = torch.arange(x.shape[0] * LANES, dtype=torch.int32, device=x.device).view(-1, LANES)
+    words = torch.arange(CHUNK // len(_MULTIPLIERS), dtype=torch.int32, device=x.device)
+    bits = _once(_hash(lanes ^ seed))[:, :, None] ^ _once(_hash(words + 1)).view(-1, LANES).t()
+    return [bits * _signed(multiplier) & _NOISE for multiplier in _MULTIPLIERS]
 
 
 def _hash(x: Tensor) -> Tensor:

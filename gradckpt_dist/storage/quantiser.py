@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def quantise(tensor: Tensor, bits: int, noise: NoiseSource) -> Quantised | None:
         else:
             seed = torch.full((1,), noise.draw(), dtype=torch.int32, device=tensor.device)
             codes, origin, scale = _quantise4(chunks, seed)
-        if tensor.device.type == "cpu" and bool(origin.isnan().any()):
+        if tensor.device.type == "cpu" and _holds_nan(origin):
             return None
         return Quantised(codes=codes, origin=origin, scale=scale, bits=bits, shape=tensor.shape)
 
@@ -77,13 +78,14 @@ def dequantise(quantised: Quantised) -> Tensor:
 
 
 class _Kernel:
-    """A function of ``kernels``, compiled at its first call; eager where that fails, and for a single chunk."""
+    """A function of ``kernels``, compiled at its first call there; eager if that fails, and for one chunk."""
 
     _warned = False
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], cpu_options: dict[str, Any] | None = None) -> None:
         self._function = function
-        self._compiled: Callable[..., Any] | None = None
+        self._cpu_options = cpu_options
+        self._compiled: dict[bool, Callable[..., Any]] = {}
         self._eager = False
 
     def __call__(self, first: Tensor, *others: Tensor) -> Any:
@@ -91,11 +93,11 @@ class _Kernel:
         if self._eager or first.shape[0] < 2:
             return self._function(first, *others)
         try:
-            if self._compiled is None:
-                self._compiled = _compile(self._function)
-            for tensor in (first, *(other for other in others if other.dim() == 3)):
+            if first.is_cpu not in self._compiled:
+                self._compiled[first.is_cpu] = _compile(self._function, self._cpu_options if first.is_cpu else None)
+            for tensor in (first, *(other for other in others if other.dim() > 1)):
                 mark_dynamic(tensor, 0)
-            return self._compiled(first, *others)
+            return self._compiled[first.is_cpu](first, *others)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -116,14 +118,14 @@ class _Kernel:
             )
 
 
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compile(function: Callable[..., Any], options: dict[str, Any] | None) -> Callable[..., Any]:
     if dynamo_config.disable:
         raise RuntimeError("it has been disabled")
-    return torch.compile(function, fullgraph=True)
+    return torch.compile(function, fullgraph=True, options=options)
 
 
-_quantise8 = _Kernel(kernels.quantise8)
-_quantise4 = _Kernel(kernels.quantise4)
+_quantise8 = _Kernel(kernels.quantise8, kernels.CPU_OPTIONS)
+_quantise4 = _Kernel(kernels.quantise4, kernels.CPU_OPTIONS)
 _dequantise8 = _Kernel(kernels.dequantise8)
 _dequantise4 = _Kernel(kernels.dequantise4)
 
@@ -137,14 +139,30 @@ def _chunked(tensor: Tensor) -> Tensor:
     return flat.view(-1, kernels.GROUP, kernels.LANES)
 
 
-@contextmanager
-def _plain_torch() -> Iterator[None]:
+def _holds_nan(origin: Tensor) -> bool:
+    """In one pass: a maximum is NaN if any value is."""
+    return origin.numel() > 0 and bool(origin.max().isnan())
+
+
+def _plain_torch() -> AbstractContextManager[None]:
     """No gradients, no autocast and no modes of the caller's: torch.compile would make a graph for each such state."""
+    autocast = [device for device in _autocast_devices() if torch.is_autocast_enabled(device)]
+    if autocast or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return _without_modes(autocast)
+    return torch.no_grad()
+
+
+@cache
+def _autocast_devices() -> tuple[str, ...]:
+    return "cpu", torch._C._get_accelerator().type
+
+
+@contextmanager
+def _without_modes(autocast: list[str]) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        for device in ("cpu", torch._C._get_accelerator().type):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
+        for device in autocast:
+            stack.enter_context(torch.autocast(device, enabled=False))
         if torch._C._len_torch_dispatch_stack():
             stack.enter_context(_disable_current_modes())
         while torch._C._len_torch_function_stack():
