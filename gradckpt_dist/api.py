@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from gradckpt_dist.agreement import create_agreement
 from gradckpt_dist.blocks import Block, find_blocks
 from gradckpt_dist.config import Config
+from gradckpt_dist.cost.kind import kinds_of
 from gradckpt_dist.engine import Engine
 from gradckpt_dist.errors import BlocksNotFoundError, ConfigError, GradckptError
 from gradckpt_dist.storage import STORAGES
@@ -109,6 +110,7 @@ def _facts(config: Config, blocks: Sequence[Block], error: GradckptError | None)
         "version": __version__,
         **shared,
         "blocks": [block.name for block in blocks],
+        "kinds": list(kinds_of([block.module for block in blocks])),
     }
 
 

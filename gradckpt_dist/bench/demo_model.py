@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -20,5 +21,6 @@ def load_text_model() -> ModuleType:
     if not path.is_file() or spec is None or spec.loader is None:
         raise ConfigError(f"{path}: the demo's model is not there; benches run from a clone (`make setup`)")
     module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(spec.name, module)  # torch.compile looks a function's module up by its name
     spec.loader.exec_module(module)
     return module

@@ -44,10 +44,10 @@ def _assert_same_masks(folder: str, ranks: int, at_least: int) -> list[dict[str,
     return decisions
 
 
-def _train_with_log(folder: str, steps: int, disturb: str = "nothing") -> None:
+def _train_with_log(folder: str, steps: int, disturb: str = "nothing", **settings: Any) -> None:
     torch.manual_seed(3)
     model = wrap(Model(), "ddp")
-    engine = gradckpt_dist.enable(model, CONFIG | {"log_dir": folder})
+    engine = gradckpt_dist.enable(model, CONFIG | {"log_dir": folder, **settings})
     if dist.get_rank() == dist.get_world_size() - 1:
         _disturb(engine, disturb)
     train(model, steps=steps)
@@ -79,6 +79,19 @@ def test_masks_are_the_same_on_all_ranks(ranks: int, tmp_path: Path) -> None:
     decisions = _assert_same_masks(str(tmp_path), ranks, at_least=3)
     assert all(decision["ranks"] == ranks for decision in decisions)
     assert set(decisions[-1]["mask"]) == {"keep", "recompute"}
+
+
+def _train_by_budget(folder: str, steps: int, tolerance: float) -> None:
+    _train_with_log(folder, steps, policy="budget", gradient_tolerance=tolerance, memory_budget=0.3)
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.2])
+def test_ranks_measure_for_themselves_and_hold_the_same_masks(tolerance: float, tmp_path: Path) -> None:
+    run_distributed_test(_train_by_budget, 2, str(tmp_path), 24, tolerance)
+    decisions = _assert_same_masks(str(tmp_path), 2, at_least=3)
+    assert "keep" in decisions[-1]["mask"]
+    assert decisions[-1]["theta"] >= 0
+    assert decisions[-1]["relative_error_predicted"] <= tolerance
 
 
 @pytest.mark.parametrize("disturb", ["nan", "inf", "samples nothing", "window nan", "window inf", "window -1e9"])

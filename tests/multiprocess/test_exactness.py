@@ -45,13 +45,15 @@ def _expected_recomputes(storages: list[str], forwards: int) -> list[int]:
 
 
 def _check_moving_mask(framework: str) -> None:
-    plain = train(_model(framework), steps=14)
-    model = _model(framework)
-    engine = gradckpt_dist.enable(model, CONFIG)
-    assert_bitwise(train(model, steps=14), plain)
-    assert engine.mask.epoch >= 3
-    assert set(engine.mask.storages) == {"keep", "recompute"}
-    engine.disable()
+    plain = train(_model(framework), steps=24)
+    for policy in ("threshold", "budget"):
+        model = _model(framework)
+        engine = gradckpt_dist.enable(model, CONFIG | {"policy": policy})
+        assert_bitwise(train(model, steps=24), plain)
+        assert engine.mask.epoch >= 3
+        # Under either policy: the last block may be kept at whatever peak redoing it would need.
+        assert "keep" in engine.mask.storages
+        engine.disable()
 
 
 def _check_enabled_before_wrapping(framework: str) -> None:
