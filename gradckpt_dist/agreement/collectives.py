@@ -6,6 +6,7 @@ applied: each wait comes a step after its start, so that it hides behind compute
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_group, _get_default_store
 
 from gradckpt_dist.agreement.roll_call import Facts, RollCall
 from gradckpt_dist.agreement.wire import Decision, decode, encode, message_bytes
@@ -24,6 +25,9 @@ from gradckpt_dist.errors import AgreementError, MaskError
 _T = TypeVar("_T")
 
 _domains_opened: Counter[tuple[int, ...]] = Counter()
+_spare_groups: weakref.WeakKeyDictionary[ProcessGroup, dict[tuple[tuple[int, ...], float], list[ProcessGroup]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 class Agreement(ABC):
@@ -66,7 +70,7 @@ class Agreement(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Give the process group back."""
+        """Give the process group back: its next use is by another engine of the same ranks."""
 
 
 class LocalAgreement(Agreement):
@@ -112,6 +116,7 @@ class GroupAgreement(Agreement):
         store = PrefixStore(prefix, _get_default_store())
         self._roll_call = RollCall(store, dist.get_rank(), self._global_ranks, timeout_seconds)
         self._group: ProcessGroup | None = None
+        self._sound = True
         self._stream = None if device.type == "cpu" else torch.get_device_module(device).Stream(device)
         self._step = 0
 
@@ -161,10 +166,15 @@ class GroupAgreement(Agreement):
 
     def close(self) -> None:
         if self._group is not None and dist.is_initialized():
-            dist.destroy_process_group(self._group)
+            if self._sound:
+                self._spare_groups().append(self._group)
+            else:
+                dist.destroy_process_group(self._group)
         self._group = None
 
     def _own_group(self) -> ProcessGroup:
+        if self._group is None and (spare := self._spare_groups()):
+            self._group = spare.pop()
         if self._group is None:
             self._group = dist.new_group(
                 self._global_ranks,
@@ -173,6 +183,15 @@ class GroupAgreement(Agreement):
                 group_desc="gradckpt",
             )
         return self._group
+
+    def _spare_groups(self) -> list[ProcessGroup]:
+        """Groups of these ranks that earlier engines gave back.
+
+        They are used again, since torch names a group by its ranks and the number of groups: a new one would find under
+        its name in the store the addresses of one that was destroyed, and try to connect to them.
+        """
+        spare = _spare_groups.setdefault(_get_default_group(), {})
+        return spare.setdefault((tuple(self._global_ranks), self._timeout_seconds), [])
 
     def _start_reductions(self, sums: torch.Tensor, most: torch.Tensor) -> None:
         group = self._own_group()
@@ -200,6 +219,7 @@ class GroupAgreement(Agreement):
         try:
             return call()
         except RuntimeError as error:
+            self._sound = False
             raise self._blame(error) from error
 
     def _blame(self, error: RuntimeError) -> AgreementError:

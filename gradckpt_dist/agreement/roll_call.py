@@ -20,6 +20,7 @@ Facts = Mapping[str, Any]
 _MAX_TEXT_BYTES = 1 << 22
 _LAST_WORDS_SECONDS = 10.0
 """How far apart the survivors of a dead rank may see a collective fail, and still name the dead one only."""
+_MISSING_KEY = "failed/missing"
 _VERDICT_SECONDS = 3.0
 """What the first rank gets, once its own time is up, to say who is missing."""
 
@@ -61,7 +62,8 @@ class RollCall:
     def survivors(self) -> list[int]:
         """The ranks that have also seen a collective fail; those left out are dead or stuck.
 
-        Not by step: one death fails the statistics on some ranks and the broadcast, a step later, on others.
+        Not by step: one death fails the statistics on some ranks and the broadcast, a step later, on others. One that
+        notices only when another one, done with waiting, has gone, goes by what that one has found.
         """
         keys = {rank: f"failed/{rank}" for rank in self._ranks}
         self._store.set(keys[self._rank], "1")
@@ -69,8 +71,13 @@ class RollCall:
         while True:
             alive = [rank for rank, key in keys.items() if self._store.check([key])]
             if len(alive) == len(keys) or time.monotonic() > deadline:
-                return alive
+                break
+            if self._store.check([_MISSING_KEY]):
+                missing = self._read(_MISSING_KEY)
+                return [rank for rank in self._ranks if rank == self._rank or rank not in missing]
             time.sleep(0.05)
+        self._store.set(_MISSING_KEY, json.dumps([rank for rank in self._ranks if rank not in alive]))
+        return alive
 
     def _judge(self, call: str) -> dict[str, Any] | None:
         keys = [f"{call}/{rank}" for rank in self._ranks]

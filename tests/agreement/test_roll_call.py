@@ -143,6 +143,23 @@ def test_survivors_are_those_who_saw_a_failure(monkeypatch: pytest.MonkeyPatch) 
     assert _all(lambda calls, rank: calls.survivors() if rank != 5 else None) == [[4, 7], None, [4, 7]]
 
 
+def test_a_rank_that_notices_later_goes_by_what_the_others_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roll_call, "_LAST_WORDS_SECONDS", 4.0)
+
+    def notice(calls: RollCall, rank: int) -> tuple[list[int], float] | None:
+        if rank == 5:
+            return None
+        time.sleep(6.0 * (rank == 7))
+        started = time.monotonic()
+        return calls.survivors(), time.monotonic() - started
+
+    first, _, late = _all(notice)
+    assert first is not None
+    assert late is not None
+    assert (first[0], late[0]) == ([4], [4, 7])
+    assert late[1] < 2
+
+
 def test_survivors_do_not_wait_once_all_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roll_call, "_LAST_WORDS_SECONDS", 60.0)
     started = time.monotonic()

@@ -172,6 +172,31 @@ def test_a_dead_rank_is_named_by_the_survivors(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["survivor0", "survivor2"]
 
 
+def _engines_one_after_the_other() -> None:
+    torch.manual_seed(0)
+    groups = set()
+    for _ in range(6):
+        model = Model()
+        engine = gradckpt_dist.enable(model, CONFIG)
+        train(model, steps=9)
+        assert engine.mask.epoch >= 1
+        groups.add(engine._agreement._group)
+        engine.disable()
+    assert len(groups) == 1
+    models = [Model(), Model()]
+    engines = [gradckpt_dist.enable(model, CONFIG) for model in models]
+    for model in models:
+        train(model, steps=9)
+    assert len({engine._agreement._group for engine in engines}) == 2
+    for engine in engines:
+        assert engine.mask.epoch >= 1
+        engine.disable()
+
+
+def test_an_engine_uses_the_group_of_the_one_before_and_none_of_another() -> None:
+    run_distributed_test(_engines_one_after_the_other, 2)
+
+
 def _masks_set_by_hand() -> None:
     rank = dist.get_rank()
     engine = gradckpt_dist.enable(Model(), CONFIG | {"agreement_timeout_s": 2})
