@@ -44,7 +44,7 @@ check: setup ## formatting, lint, types and the order of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: setup ## the plugin's own cost on this machine; and against its peers, which takes half an hour
+bench: setup ## the plugin's own cost on this machine; and against its peers, which takes the better part of an hour
 	$(BIN)/gradckpt bench overhead --output runs/bench/overhead.json
 	$(BIN)/gradckpt bench frontier --output runs/bench/frontier.json
 

@@ -62,7 +62,7 @@ class FrontierPlan:
 _TENTHS = tuple(tenth / 10 for tenth in range(11))
 _EAGER_PEERS = ("recompute", "every_2", "every_3", "every_4", "pytorch_sac", "torchtitan_full", "torchtitan_selective")
 
-# Half an hour on one core of 2026. Of ours on compiled blocks, what the bars ask for.
+# The better part of an hour on one core of 2026. Of ours on compiled blocks, what the bars ask for.
 FULL = FrontierPlan(
     size=Size(width=512, context=128, batch=3, layers=6, head_width=64),
     rounds=20,
