@@ -70,6 +70,7 @@ class Knowledge:
         self.held_bytes = self.peak_bytes = self.outside_bytes = self.process_peak_bytes = self.available_bytes = 0
         self.plugin_seconds = 0.0
         self._measured_mask: Mask | None = None
+        self._costs_table: CostTable | None = None
 
     def update(self, sums: Sequence[float], maxima: Sequence[float], mask: Mask) -> None:
         """Fold in what all ranks sent, as ``Observer`` gives it; ``mask`` was in force while it was measured."""
@@ -83,10 +84,11 @@ class Knowledge:
             probes_size = self._scope.blocks * block_fields(len(self._scope.lossy)) + 1
             self.errors.update(sums[impact_size : impact_size + probes_size], sums[impact_size + probes_size :])
             self.costs.update(maxima[scalars + _SCALARS :])
+        self._costs_table = self._table()
 
     def evidence(self, current: Mask) -> Evidence:
         """What a policy reads."""
-        costs = self._table()
+        costs = self._costs_table
         return Evidence(
             current=current,
             impacts=self.running.impacts(),
@@ -128,6 +130,7 @@ class Knowledge:
             self.errors.load_state_dict(state["errors"])
         if self.costs is not None and state["costs"] is not None:
             self.costs.load_state_dict(state["costs"])
+        self._costs_table = self._table()
 
     def _update_bytes(self, by_block: Sequence[float], totals: Sequence[float], mask: Mask) -> None:
         if not all(math.isfinite(value) for value in (*by_block, *totals)) or not totals[0]:
