@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-bench check bench clean
+.PHONY: help setup demo test test-slow test-bench check bench clean
 export OMP_NUM_THREADS ?= 1
 
 BIN := .venv/bin
@@ -32,8 +32,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup ## train a small GPT on real text on two ranks: plain, fully checkpointed, under gradckpt
 	$(BIN)/python launch/demo.py
 
-test: setup ## all tests but the benches' whole quick runs
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not bench"
+test: setup ## all tests but the slow ones and the benches' quick runs
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not bench and not slow"
+
+test-slow: setup ## every way in and every mesh as a whole
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m slow
 
 test-bench: setup ## the benches' quick runs, one after the other
 	$(BIN)/python -m pytest -q -m bench

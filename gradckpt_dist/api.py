@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
+from gradckpt_dist.adapters import Adapter, adapter_of
 from gradckpt_dist.agreement import create_agreement
 from gradckpt_dist.blocks import Block, find_blocks
 from gradckpt_dist.config import Config
@@ -39,10 +40,10 @@ def enable(
     """Put ``model``'s blocks under one checkpoint mask, agreed by all ranks of ``process_group``.
 
     Call it on every rank, before or after wrapping for DDP or FSDP, on the module that the training loop calls or on
-    the one inside. ``config`` is a ``Config``, its keys, a file with a ``gradckpt`` section, or None: then the file
-    that ``GRADCKPT_CONFIG`` names, or else the defaults. ``blocks`` gives names or globs in place of ``config.blocks``.
-    ``process_group`` is the domain (default: all ranks). ``optimizer`` is the one whose step ends a training step
-    (default: any).
+    the one inside. ``config`` is a ``Config``, its keys, a file with a ``gradckpt`` section, or None: then the section
+    in the framework's own configuration, or the file that ``GRADCKPT_CONFIG`` names, or else the defaults. ``blocks``
+    gives names or globs in place of ``config.blocks``. ``process_group`` is the domain (default: as the framework
+    knows, or all ranks). ``optimizer`` is the one whose step ends a training step (default: any).
 
     Raises:
         ConfigError: the configuration cannot be used.
@@ -53,13 +54,15 @@ def enable(
     error: GradckptError | None = None
     found: tuple[Block, ...] = ()
     settings = Config()
+    adapter = adapter_of(model)
     try:
-        settings = resolve_config(config)
+        settings = _settings(config, adapter, model)
         found = _blocks(model, settings, blocks)
     except GradckptError as raised:
         error = raised
     device = _device(model)
-    agreement = create_agreement(process_group, device, settings.agreement_timeout_s)
+    group = process_group if process_group is not None else adapter.domain(model)
+    agreement = create_agreement(group, device, settings.agreement_timeout_s)
     try:
         agreement.compare(_facts(settings, found, error))
     finally:
@@ -68,7 +71,13 @@ def enable(
     engine = Engine(found, settings, agreement, device)
     if settings.enabled:
         engine.install(model, optimizer)
+        engine.on_disable(adapter.attach(engine, model))
     return engine
+
+
+def _settings(config: ConfigLike, adapter: Adapter, model: nn.Module) -> Config:
+    given = None if config is not None else adapter.config(model)
+    return resolve_config(config if given is None else given)
 
 
 def resolve_config(config: ConfigLike) -> Config:

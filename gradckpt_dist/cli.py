@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from gradckpt_dist.adapters.launch import run_script
 from gradckpt_dist.bench.command import add_bench_parser
 from gradckpt_dist.errors import GradckptError
+from gradckpt_dist.launcher.script import run_script
 from gradckpt_dist.version import __version__
 
 EXIT_USAGE = 2

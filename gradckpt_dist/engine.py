@@ -7,7 +7,7 @@ import enum
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -83,6 +83,7 @@ class Engine:
         self._plugin_seconds = 0.0
         names = tuple(block.name for block in blocks)
         self._boundary: StepBoundary | None = None
+        self._on_disable: list[Callable[[], None]] = []
         self._apply(Mask(blocks=names, storages=self._policy.initial(len(names))))
 
     def install(self, root: nn.Module, optimizer: Optimizer | None) -> None:
@@ -104,6 +105,10 @@ class Engine:
         self._boundary = StepBoundary(root, optimizer, self)
         self._memory_report = OutOfMemoryReport(self._report_out_of_memory)
         self._journal.start(self._mask, self.config)
+
+    def on_disable(self, undo: Callable[[], None]) -> None:
+        """Call ``undo`` when the plugin is switched off."""
+        self._on_disable.append(undo)
 
     def join_forward(self) -> None:
         """Take part in a training forward of the root that is under way, its hooks having been gathered already."""
@@ -232,6 +237,8 @@ class Engine:
         self._boundary.remove()
         self._boundary = None
         self._memory_report.remove()
+        while self._on_disable:
+            self._on_disable.pop()()
         for switch in self._switches:
             switch.undo()
         try:

@@ -1,1 +1,6 @@
-"""Ways in: each finds the blocks, the domain or the configuration, and nothing else."""
+"""What a framework knows that the model alone does not say: the configuration, the domain, where state is saved."""
+
+from gradckpt_dist.adapters.base import Adapter
+from gradckpt_dist.adapters.registry import adapter_of
+
+__all__ = ["Adapter", "adapter_of"]
