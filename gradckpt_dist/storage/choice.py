@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gradckpt_dist.storage.ledger import is_parameter
 from gradckpt_dist.storage.lineage import Lineage, Role
+from gradckpt_dist.storage.recipe import Recipes
 from gradckpt_dist.storage.saved import buffer_storages, is_plain
 
 _ATTENTION_DIMENSIONS = 4
@@ -21,6 +22,10 @@ class Choice(Protocol):
     def role(self, tensor: Tensor, saved: Sequence[Tensor]) -> Role | None:
         """ACTIVATION or ATTENDED, one of the tensors that were ``saved``; None for what has to stay as it is."""
 
+    @property
+    def recipes(self) -> Recipes | None:
+        """How what was saved can be made again from what else was; None where that was not seen."""
+
 
 class SeenOperations:
     """For a block whose operations were seen: activations are what ``Lineage`` knows as such."""
@@ -31,6 +36,10 @@ class SeenOperations:
     def role(self, tensor: Tensor, saved: Sequence[Tensor]) -> Role | None:
         role = self._lineage.role(tensor)
         return role if role in {Role.ACTIVATION, Role.ATTENDED} else None
+
+    @property
+    def recipes(self) -> Recipes | None:
+        return self._lineage.recipes
 
 
 class UnseenOperations:
@@ -55,6 +64,10 @@ class UnseenOperations:
         if tensor.untyped_storage()._cdata in self._excluded or is_parameter(tensor) or self._is_cast(tensor):
             return None
         return Role.ATTENDED if self._is_attended(tensor, saved) else Role.ACTIVATION
+
+    @property
+    def recipes(self) -> Recipes | None:
+        return None
 
     def _is_cast(self, tensor: Tensor) -> bool:
         dtypes = {dtype for shape, dtype in self._weights if shape == tuple(tensor.shape)}

@@ -22,6 +22,7 @@ from gradckpt_dist.storage.ledger import is_parameter
 from gradckpt_dist.storage.lineage import Lineage, Role
 from gradckpt_dist.storage.noise import NoiseSource
 from gradckpt_dist.storage.quantiser import DTYPES, Quantised, dequantise, quantise
+from gradckpt_dist.storage.recipe import Derivation, Key, Layout, Recipes
 from gradckpt_dist.storage.saved import (
     Account,
     Kept,
@@ -39,11 +40,12 @@ _ATTENTION_BITS = 8
 class Compress8(Storage):
     """Quantises each saved activation once, when the block's forward is over, and restores it when backward asks.
 
-    Until then the block holds what ``keep`` holds. As they are stay: parameters, buffers, what was made of these alone
-    (weights cast by autocast), what is not float32, float16 or bfloat16, small and expanded tensors, tensor subclasses
-    (DTensor), statistics, inputs of the block that need no gradient and what was made of these alone, and on the CPU
-    tensors with a value that is not finite. In a compiled block, where the operations cannot be seen, everything else
-    that is saved and large counts as an activation.
+    What a cheap operation (a norm, GELU, SiLU, a product, a cast, a copy) has made of tensors that are saved as well is
+    not held at all, but made of these again. Until the forward is over the block holds what ``keep`` holds. As they are
+    stay: parameters, buffers, what was made of these alone (weights cast by autocast), what is not float32, float16 or
+    bfloat16, small and expanded tensors, tensor subclasses (DTensor), statistics, inputs of the block that need no
+    gradient and what was made of these alone, and on the CPU tensors with a value that is not finite. In a compiled
+    block, where the operations cannot be seen, everything else that is saved and large counts as an activation.
 
     A gradient of the gradient would be wrong without bound: ``create_graph`` and torch.func raise ``StorageError``.
     """
@@ -90,54 +92,77 @@ class Compress4(Compress8):
 
 
 class _Place:
-    """One saved storage, alive for as long as a node has it saved: as it is, and after ``compress`` as codes."""
+    """One saved storage, alive for as long as a node has it saved.
 
-    __slots__ = ("__weakref__", "_account", "_check", "_kept", "_quantised", "_restored", "as_is", "sample")
+    As it is (``sample``), and after ``seal`` perhaps as codes, or as what makes it from other places.
+    """
+
+    __slots__ = ("__weakref__", "_account", "_check", "_kept", "_rest", "_restored", "as_is", "device", "sample")
 
     def __init__(self, tensor: Tensor, check: VersionCheck, account: Account) -> None:
         self.sample: Tensor | None = tensor
-        """The tensor that was saved first; None once compressed."""
+        """The tensor that was saved first; None once it is held otherwise."""
         self.as_is = False
         """Whether a view of it forbids to compress it."""
+        self.device = tensor.device
         self._check = check
         self._account = account
         self._kept: Kept | None = Kept(tensor.untyped_storage().nbytes(), account)
-        self._quantised: Quantised | None = None
+        self._rest: Quantised | Derivation | None = None
         self._restored: StorageWeakRef | None = None
+
+    @property
+    def changed(self) -> bool:
+        """Whether its storage was written to since it was saved."""
+        return self._check.changed
 
     def compress(self, bits: int, noise: NoiseSource) -> None:
         """Hold codes from now on, where all values are finite."""
-        if self.sample is None or self._check.changed:
+        if self.sample is None or self.changed:
             return
         quantised = quantise(_flat(self.sample), bits, noise)
         if quantised is not None:
-            self._quantised = quantised
-            self._kept = Kept(quantised.size_bytes, self._account)
-            self.sample = None
+            self._hold(quantised)
 
-    def storage(self) -> torch.UntypedStorage:
-        """The storage again; one that is still alive is not restored twice."""
-        if self.sample is not None or self._quantised is None:
-            return self.sample.untyped_storage()  # type: ignore[union-attr]
+    def derive(self, derivation: Derivation) -> None:
+        """Hold only what it is made of from now on."""
+        self._hold(derivation)
+
+    def fresh(self) -> tuple[torch.UntypedStorage, bool]:
+        """The storage, and whether it was restored just now, so that nobody else has it."""
+        if self.sample is not None:
+            self._check.verify()
+            return self.sample.untyped_storage(), False
         alive = self._restored and torch.UntypedStorage._new_with_weak_ptr(self._restored.cdata)
         if alive:
-            return alive
-        storage = dequantise(self._quantised).untyped_storage()
-        self._restored = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+            return alive, False
+        rest = self._rest
+        storage = rest.fresh()[0] if isinstance(rest, Derivation) else dequantise(rest).untyped_storage()  # type: ignore[arg-type]
+        return storage, True
+
+    def restored(self) -> torch.UntypedStorage:
+        """The storage again; one that is still alive is not restored twice."""
+        storage, new = self.fresh()
+        if new:
+            self._restored = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
         return storage
+
+    def _hold(self, rest: Quantised | Derivation) -> None:
+        self._rest = rest
+        self._kept = Kept(rest.size_bytes, self._account)
+        self.sample = None
 
 
 class _Saved:
     """A saved tensor: a view of a ``_Place``, or without one itself."""
 
-    __slots__ = ("_check", "_dtype", "_layout", "_name", "_place", "_tensor")
+    __slots__ = ("_check", "_layout", "_name", "_place", "_tensor")
 
     def __init__(self, name: str, tensor: Tensor, check: VersionCheck, place: _Place | None, witness: Tensor) -> None:
         self._name = name
         self._check = check
         self._place = place
-        self._dtype = tensor.dtype
-        self._layout = (tensor.storage_offset(), tensor.shape, tensor.stride()) if place is not None else None
+        self._layout = Layout.of(tensor) if place is not None else None
         self._tensor = witness
 
     def tensor(self) -> Tensor:
@@ -145,8 +170,7 @@ class _Saved:
         refuse_double_backward(self._name)
         if self._place is None or self._layout is None:
             return self._tensor
-        empty = torch.empty(0, dtype=self._dtype, device=self._tensor.device)
-        return empty.set_(self._place.storage(), *self._layout)
+        return self._layout.view(self._place.restored())
 
 
 class CompressedCall:
@@ -165,7 +189,7 @@ class CompressedCall:
         self._name = name
         self._account = account
         # The weak references to storages keep their identities from being used again while they are keys.
-        self._places: dict[tuple[int, int], tuple[StorageWeakRef, weakref.ref[_Place]]] = {}
+        self._places: dict[Key, tuple[StorageWeakRef, weakref.ref[_Place]]] = {}
 
     def hooks(self) -> saved_tensors_hooks:
         """What is saved under these waits here for ``seal``."""
@@ -187,17 +211,19 @@ class CompressedCall:
         return _Saved(self._name, tensor, check, place, witness)
 
     def seal(self, choice: Choice, bits: int, noise: NoiseSource) -> None:
-        """End of the forward: compress what ``choice`` says of what is still saved."""
-        alive = [place for _, reference in self._places.values() if (place := reference()) is not None]
-        samples = [place.sample for place in alive if place.sample is not None]
+        """End of the forward: of what is still saved, hold what ``choice`` says as codes or as what makes it."""
+        alive = {key: place for key, (_, reference) in self._places.items() if (place := reference()) is not None}
+        samples = [place.sample for place in alive.values() if place.sample is not None]
         largest_bytes = max((sample.untyped_storage().nbytes() for sample in samples), default=0)
-        for place in alive:
+        for key, place in alive.items():
             sample = place.sample
             if sample is None or place.as_is or not _is_compressible(sample, largest_bytes):
                 continue
             role = choice.role(sample, samples)
-            if role is not None:
-                place.compress(max(bits, _ATTENTION_BITS) if role is Role.ATTENDED else bits, noise)
+            if role is Role.ATTENDED:
+                place.compress(max(bits, _ATTENTION_BITS), noise)
+            elif role is not None and not _derived(key, place, alive, choice.recipes):
+                place.compress(bits, noise)
         self._places.clear()
 
     def _place(self, tensor: Tensor, check: VersionCheck) -> _Place:
@@ -209,6 +235,22 @@ class CompressedCall:
         place = _Place(tensor, check, self._account)
         self._places[key] = (StorageWeakRef(storage), weakref.ref(place))  # type: ignore[no-untyped-call]
         return place
+
+
+def _derived(key: Key, place: _Place, alive: dict[Key, _Place], recipes: Recipes | None) -> bool:
+    """Whether from now on this place is made from the others."""
+    if recipes is None or place.changed:
+        return False
+
+    def find(source: Key) -> _Place | None:
+        found = alive.get(source)
+        return None if found is None or found.changed else found
+
+    derivation = recipes.bind(key, find)
+    if derivation is None:
+        return False
+    place.derive(derivation)
+    return True
 
 
 def refuse_double_backward(name: str) -> None:

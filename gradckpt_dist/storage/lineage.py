@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradckpt_dist.storage.ledger import is_parameter
+from gradckpt_dist.storage.recipe import Recipes
 
 
 class Role(Enum):
@@ -39,6 +40,7 @@ class Lineage(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, block: nn.Module, inputs: Iterable[Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._roles: dict[int, Role] = {}
+        self.recipes = Recipes()
         for leaf in inputs:
             if _has_storage(leaf):
                 self._roles[_key(leaf)] = Role.ACTIVATION if leaf.requires_grad else Role.OTHER
@@ -56,8 +58,10 @@ class Lineage(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._roles.get(_key(tensor))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        inputs = list(_operands((*args, *kwargs.values()) if kwargs else args))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        self.recipes.note(func, args, kwargs, result)
+        inputs = list(_operands((*args, *kwargs.values())))
         outputs = (result,) if isinstance(result, Tensor) else result
         if isinstance(outputs, (tuple, list)):
             self._note(inputs, outputs)

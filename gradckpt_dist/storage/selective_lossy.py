@@ -18,6 +18,7 @@ from gradckpt_dist.storage.lineage import Role
 from gradckpt_dist.storage.noise import NoiseSource
 from gradckpt_dist.storage.operation_cache import Entry, Held, OperationCache, save
 from gradckpt_dist.storage.operations import Kind, Operation, inner_tensors, storage_key
+from gradckpt_dist.storage.recipe import Recipes
 from gradckpt_dist.storage.recompute import Passes
 from gradckpt_dist.storage.recorder import AllExpensive, Recorder, Selection
 from gradckpt_dist.storage.saved import Account
@@ -114,6 +115,11 @@ class _Roles:
 
     def role(self, tensor: Tensor, saved: Sequence[Tensor]) -> Role | None:
         return self._roles.get(storage_key(tensor))
+
+    @property
+    def recipes(self) -> Recipes | None:
+        """None: cheap operations are run again in any case."""
+        return None
 
 
 class _RoleRecorder(Recorder):  # type: ignore[no-untyped-call]
