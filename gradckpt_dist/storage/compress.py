@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch._C import _functorch
+from torch._C import _DisableTorchDispatch, _functorch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
@@ -97,19 +97,19 @@ class _Place:
     As it is (``sample``), and after ``seal`` perhaps as codes, or as what makes it from other places.
     """
 
-    __slots__ = ("__weakref__", "_account", "_check", "_kept", "_rest", "_restored", "as_is", "device", "sample")
+    __slots__ = ("__weakref__", "_account", "_check", "_kept", "_lent", "_rest", "_restored", "as_is", "sample")
 
     def __init__(self, tensor: Tensor, check: VersionCheck, account: Account) -> None:
         self.sample: Tensor | None = tensor
         """The tensor that was saved first; None once it is held otherwise."""
         self.as_is = False
         """Whether a view of it forbids to compress it."""
-        self.device = tensor.device
         self._check = check
         self._account = account
         self._kept: Kept | None = Kept(tensor.untyped_storage().nbytes(), account)
         self._rest: Quantised | Derivation | None = None
         self._restored: StorageWeakRef | None = None
+        self._lent: torch.UntypedStorage | None = None
 
     @property
     def changed(self) -> bool:
@@ -128,8 +128,25 @@ class _Place:
         """Hold only what it is made of from now on."""
         self._hold(derivation)
 
-    def fresh(self) -> tuple[torch.UntypedStorage, bool]:
-        """The storage, and whether it was restored just now, so that nobody else has it."""
+    def restored(self) -> torch.UntypedStorage:
+        """The storage again; one that is still alive is not restored twice."""
+        storage, new = self._fresh()
+        if new:
+            self._restored = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        self._lent = None
+        return storage
+
+    def lend(self, *, overwritten: bool) -> tuple[torch.UntypedStorage, bool]:
+        """For a derivation: the storage, and whether nobody else has it.
+
+        The operation that a derived tensor came from is the next to be differentiated, and asks for it, too.
+        """
+        if overwritten:
+            return self._fresh()
+        self._lent = storage = self.restored()
+        return storage, False
+
+    def _fresh(self) -> tuple[torch.UntypedStorage, bool]:
         if self.sample is not None:
             self._check.verify()
             return self.sample.untyped_storage(), False
@@ -137,15 +154,9 @@ class _Place:
         if alive:
             return alive, False
         rest = self._rest
-        storage = rest.fresh()[0] if isinstance(rest, Derivation) else dequantise(rest).untyped_storage()  # type: ignore[arg-type]
-        return storage, True
-
-    def restored(self) -> torch.UntypedStorage:
-        """The storage again; one that is still alive is not restored twice."""
-        storage, new = self.fresh()
-        if new:
-            self._restored = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-        return storage
+        if isinstance(rest, Derivation):
+            return rest.make(), True
+        return dequantise(rest).untyped_storage(), True  # type: ignore[arg-type]
 
     def _hold(self, rest: Quantised | Derivation) -> None:
         self._rest = rest
@@ -196,6 +207,10 @@ class CompressedCall:
         return saved_tensors_hooks(self._pack, _unpack)
 
     def _pack(self, tensor: Tensor) -> _Saved:
+        with _DisableTorchDispatch():  # nothing of ours is one of the block's operations
+            return self._held(tensor)
+
+    def _held(self, tensor: Tensor) -> _Saved:
         if is_parameter(tensor):
             # The object itself: ZeRO-3 swaps the memory behind it.
             return _Saved(self._name, tensor, VersionCheck(tensor, tensor), None, tensor)
@@ -213,18 +228,17 @@ class CompressedCall:
     def seal(self, choice: Choice, bits: int, noise: NoiseSource) -> None:
         """End of the forward: of what is still saved, hold what ``choice`` says as codes or as what makes it."""
         alive = {key: place for key, (_, reference) in self._places.items() if (place := reference()) is not None}
-        samples = [place.sample for place in alive.values() if place.sample is not None]
-        largest_bytes = max((sample.untyped_storage().nbytes() for sample in samples), default=0)
-        for key, place in alive.items():
-            sample = place.sample
-            if sample is None or place.as_is or not _is_compressible(sample, largest_bytes):
-                continue
-            role = choice.role(sample, samples)
-            if role is Role.ATTENDED:
-                place.compress(max(bits, _ATTENTION_BITS), noise)
-            elif role is not None and not _derived(key, place, alive, choice.recipes):
-                place.compress(bits, noise)
+        roles = _roles(list(alive.values()), choice)
         self._places.clear()
+        # What is made of others goes first: codes are the more memory while their originals are there.
+        coded = {
+            place: role
+            for key, place in alive.items()
+            if (role := roles.get(place)) is not None
+            and (role is Role.ATTENDED or not _derived(key, place, alive, choice.recipes))
+        }
+        for place, role in coded.items():
+            place.compress(max(bits, _ATTENTION_BITS) if role is Role.ATTENDED else bits, noise)
 
     def _place(self, tensor: Tensor, check: VersionCheck) -> _Place:
         storage = tensor.untyped_storage()
@@ -235,6 +249,21 @@ class CompressedCall:
         place = _Place(tensor, check, self._account)
         self._places[key] = (StorageWeakRef(storage), weakref.ref(place))  # type: ignore[no-untyped-call]
         return place
+
+
+def _roles(places: list[_Place], choice: Choice) -> dict[_Place, Role]:
+    """Of those that may be compressed; no sample outlives the call."""
+    samples = [place.sample for place in places if place.sample is not None]
+    largest_bytes = max((sample.untyped_storage().nbytes() for sample in samples), default=0)
+    found = {}
+    for place in places:
+        sample = place.sample
+        if sample is None or place.as_is or not _is_compressible(sample, largest_bytes):
+            continue
+        role = choice.role(sample, samples)
+        if role is not None:
+            found[place] = role
+    return found
 
 
 def _derived(key: Key, place: _Place, alive: dict[Key, _Place], recipes: Recipes | None) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradckpt_dist.storage.ledger import is_parameter
@@ -60,8 +61,10 @@ class Lineage(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if _is_view(func):
+            return result
         self.recipes.note(func, args, kwargs, result)
-        inputs = list(_operands((*args, *kwargs.values())))
+        inputs = list(_operands((*args, *kwargs.values()) if kwargs else args))
         outputs = (result,) if isinstance(result, Tensor) else result
         if isinstance(outputs, (tuple, list)):
             self._note(inputs, outputs)
@@ -87,7 +90,7 @@ class Lineage(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _derived(self, inputs: list[Tensor]) -> Role:
         """The role of what is made of these."""
         floating = [tensor for tensor in inputs if tensor.is_floating_point() or tensor.is_complex()]
-        roles = {self._input_role(tensor) for tensor in floating}
+        roles = set(map(self._input_role, floating))
         if Role.ACTIVATION in roles or Role.ATTENDED in roles:
             return Role.ACTIVATION
         if roles == {Role.WEIGHT}:
@@ -96,12 +99,12 @@ class Lineage(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return Role.ACTIVATION if trains and Role.WEIGHT in roles else Role.OTHER
 
     def _input_role(self, tensor: Tensor) -> Role:
+        known = self.role(tensor)
+        if known is not None:
+            return known
         if is_parameter(tensor):
             return Role.WEIGHT
-        known = self.role(tensor)
-        if known is None:
-            return Role.ACTIVATION if tensor.requires_grad and not tensor.is_leaf else Role.OTHER
-        return known
+        return Role.ACTIVATION if tensor.requires_grad and not tensor.is_leaf else Role.OTHER
 
 
 def _operands(values: Iterable[Any]) -> Iterator[Tensor]:
@@ -111,6 +114,13 @@ def _operands(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from _operands(value)
         elif _has_storage(value):
             yield value
+
+
+@cache
+def _is_view(func: Any) -> bool:
+    """Whether it does nothing but look at what its arguments hold, so that no storage is made or written to."""
+    returns = func._schema.returns if isinstance(func, OpOverload) else ()
+    return bool(returns) and all(value.alias_info is not None and not value.alias_info.is_write for value in returns)
 
 
 @cache

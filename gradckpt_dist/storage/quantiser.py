@@ -57,7 +57,7 @@ def quantise(tensor: Tensor, bits: int, noise: NoiseSource) -> Quantised | None:
         raise StorageError(
             f"cannot quantise {tensor.dtype} in {bits} bits; give float32, float16 or bfloat16, and 8 or 4 bits"
         )
-    with _plain_torch():
+    with plain_torch():
         chunks = _chunked(tensor)
         if bits == 8:
             codes, origin, scale = _quantise8(chunks)
@@ -71,7 +71,7 @@ def quantise(tensor: Tensor, bits: int, noise: NoiseSource) -> Quantised | None:
 
 def dequantise(quantised: Quantised) -> Tensor:
     """The tensor again: contiguous, in its shape and dtype."""
-    with _plain_torch():
+    with plain_torch():
         kernel = _dequantise8 if quantised.bits == 8 else _dequantise4
         chunks: Tensor = kernel(quantised.codes, quantised.origin, quantised.scale)
         return chunks.view(-1)[: quantised.shape.numel()].view(quantised.shape)
@@ -86,6 +86,7 @@ class _Kernel:
         self._function = function
         self._cpu_options = cpu_options
         self._compiled: dict[bool, Callable[..., Any]] = {}
+        self._traced: set[tuple[Any, ...]] = set()
         self._eager = False
 
     def __call__(self, first: Tensor, *others: Tensor) -> Any:
@@ -95,8 +96,11 @@ class _Kernel:
         try:
             if first.is_cpu not in self._compiled:
                 self._compiled[first.is_cpu] = _compile(self._function, self._cpu_options if first.is_cpu else None)
-            for tensor in (first, *(other for other in others if other.dim() > 1)):
-                mark_dynamic(tensor, 0)
+            dtypes = (first.is_cpu, first.dtype, *(other.dtype for other in others))
+            if dtypes not in self._traced:
+                self._traced.add(dtypes)
+                for tensor in (first, *(other for other in others if other.dim() > 1)):
+                    mark_dynamic(tensor, 0)
             return self._compiled[first.is_cpu](first, *others)
         except torch.OutOfMemoryError:
             raise
@@ -144,7 +148,7 @@ def _holds_nan(origin: Tensor) -> bool:
     return origin.numel() > 0 and bool(origin.max().isnan())
 
 
-def _plain_torch() -> AbstractContextManager[None]:
+def plain_torch() -> AbstractContextManager[None]:
     """No gradients, no autocast and no modes of the caller's: torch.compile would make a graph for each such state."""
     autocast = [device for device in _autocast_devices() if torch.is_autocast_enabled(device)]
     if autocast or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gradckpt_dist.errors import StorageError
 from gradckpt_dist.storage.ledger import is_parameter
+from gradckpt_dist.storage.quantiser import plain_torch
 
 _ATEN = torch.ops.aten
 
@@ -62,11 +62,11 @@ class Layout:
 class Source(Protocol):
     """A storage that can be had in backward."""
 
-    @property
-    def device(self) -> torch.device: ...
+    def lend(self, *, overwritten: bool) -> tuple[torch.UntypedStorage, bool]:
+        """The storage, and whether nobody else has it.
 
-    def fresh(self) -> tuple[torch.UntypedStorage, bool]:
-        """The storage, and whether nobody else has it, so that it may be written to."""
+        One that is not going to be ``overwritten`` may be kept for whoever asks next.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +106,13 @@ class Recipes:
         if function not in _CHEAP:
             return
         output = result[0] if isinstance(result, tuple) else result
-        if not all(_is_usable(leaf) for leaf in (output, *tree_leaves((args, kwargs))) if isinstance(leaf, Tensor)):
+        tensors = [value for value in (output, *args) if isinstance(value, Tensor)]
+        if not all(map(_is_usable, tensors)) or any(isinstance(value, Tensor) for value in kwargs.values()):
             return
-        args, kwargs = tree_map_only(Tensor, _operand, (args, kwargs))
+        args = tuple(_operand(value) if isinstance(value, Tensor) else value for value in args)
         storage = output.untyped_storage()
         reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-        recipe = Recipe(function, args, kwargs, Layout.of(output), storage.nbytes(), reference)
+        recipe = Recipe(function, args, dict(kwargs), Layout.of(output), storage.nbytes(), reference)
         self._recipes[reference.cdata, output._version] = recipe
 
     def bind(self, key: Key, find: Callable[[Key], Source | None]) -> Derivation | None:
@@ -123,54 +124,54 @@ class Recipes:
         if recipe is None or not steps:
             return None
         sources: dict[Key, Source] = {}
+        args: list[Any] = []
         size_bytes = 0
-        for leaf in tree_leaves((recipe.args, recipe.kwargs)):
-            if isinstance(leaf, _Operand):
-                found = find(leaf.key) or self._bind(leaf.key, find, steps - 1)
+        for value in recipe.args:
+            if isinstance(value, Tensor):
+                # It may be freed, gathered again or stepped before backward.
+                args.append(value.detach().clone())
+                size_bytes += value.nbytes
+                continue
+            args.append(value)
+            if isinstance(value, _Operand):
+                found = find(value.key) or self._bind(value.key, find, steps - 1)
                 if found is None:
                     return None
-                sources[leaf.key] = found
-            elif isinstance(leaf, Tensor):
-                size_bytes += leaf.nbytes
+                sources[value.key] = found
         if not sources:
             return None
         size_bytes += sum(source.size_bytes for source in sources.values() if isinstance(source, Derivation))
-        # Parameters may be freed, gathered again or stepped before backward, so that theirs is a copy.
-        args, kwargs = tree_map_only(Tensor, lambda weight: weight.detach().clone(), (recipe.args, recipe.kwargs))
-        return Derivation(recipe, args, kwargs, sources, size_bytes)
+        return Derivation(recipe, tuple(args), sources, size_bytes)
 
 
 class Derivation:
     """A recipe with what it is made of."""
 
-    __slots__ = ("_args", "_kwargs", "_recipe", "_sources", "size_bytes")
+    __slots__ = ("_args", "_recipe", "_sources", "size_bytes")
 
-    def __init__(
-        self, recipe: Recipe, args: tuple[Any, ...], kwargs: dict[str, Any], sources: dict[Key, Source], size_bytes: int
-    ) -> None:
+    def __init__(self, recipe: Recipe, args: tuple[Any, ...], sources: dict[Key, Source], size_bytes: int) -> None:
         self._recipe = recipe
         self._args = args
-        self._kwargs = kwargs
         self._sources = sources
         self.size_bytes = size_bytes
         """Copies of parameters."""
 
-    @property
-    def device(self) -> torch.device:
-        return next(iter(self._sources.values())).device
-
-    def fresh(self) -> tuple[torch.UntypedStorage, bool]:
+    def make(self) -> torch.UntypedStorage:
         """The output's storage, made anew.
 
         Raises:
             StorageError: the operation gave another layout than in forward.
         """
-        storages = {key: source.fresh() for key, source in self._sources.items()}
-        args, kwargs = tree_map_only(
-            _Operand, lambda operand: operand.layout.view(storages[operand.key][0]), (self._args, self._kwargs)
-        )
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            result = self._run(args, kwargs, storages)
+        over = self._recipe.function in _POINTWISE
+        storages = {key: source.lend(overwritten=over) for key, source in self._sources.items()}
+        args = [
+            value.layout.view(storages[value.key][0]) if isinstance(value, _Operand) else value for value in self._args
+        ]
+        with plain_torch():
+            if over and self._fits_first(storages):
+                result = _POINTWISE[self._recipe.function](*args, **self._recipe.kwargs, out=args[0])
+            else:
+                result = self._recipe.function(*args, **self._recipe.kwargs)
         output = result[0] if isinstance(result, tuple) else result
         storage: torch.UntypedStorage = output.untyped_storage()
         if Layout.of(output) != self._recipe.output or storage.nbytes() != self._recipe.storage_bytes:
@@ -178,21 +179,21 @@ class Derivation:
                 f"{self._recipe.function} gave {Layout.of(output)} in backward and {self._recipe.output} in forward; "
                 "use keep, recompute or selective for this block"
             )
-        return storage, True
+        return storage
 
-    def _run(self, args: Any, kwargs: Any, storages: dict[Key, tuple[torch.UntypedStorage, bool]]) -> Any:
-        """Over the first argument where that is what the output looks like and nobody else has it."""
-        recipe = self._recipe
-        first = recipe.args[0]
-        if (
-            recipe.function in _POINTWISE
-            and isinstance(first, _Operand)
-            and storages[first.key][1]
-            and first.layout == recipe.output
-            and storages[first.key][0].nbytes() == recipe.storage_bytes
-        ):
-            return _POINTWISE[recipe.function](*args, **kwargs, out=args[0])
-        return recipe.function(*args, **kwargs)
+    def lend(self, *, overwritten: bool) -> tuple[torch.UntypedStorage, bool]:
+        """As ``Source`` says; nobody else ever has it."""
+        return self.make(), True
+
+    def _fits_first(self, storages: dict[Key, tuple[torch.UntypedStorage, bool]]) -> bool:
+        """Whether the output can take the memory of the first argument."""
+        first, *others = self._args
+        if not isinstance(first, _Operand) or first.layout != self._recipe.output:
+            return False
+        if any(isinstance(other, _Operand) and other.key == first.key and other != first for other in others):
+            return False
+        storage, own = storages[first.key]
+        return own and storage.nbytes() == self._recipe.storage_bytes
 
 
 def _is_usable(tensor: Tensor) -> bool:

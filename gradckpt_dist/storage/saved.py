@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
@@ -83,5 +85,10 @@ def buffer_storages(block: nn.Module) -> set[int]:
 def without_memory(tensor: Tensor) -> Tensor:
     """A tensor that shares this one's version counter and not its storage."""
     probe = tensor.detach()
-    probe.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    probe.data = _empty(tensor.dtype, tensor.device)
     return probe
+
+
+@cache
+def _empty(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=dtype, device=device)
