@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dynamo import config as dynamo_config
-from torch._dynamo import mark_dynamic
 from torch.overrides import _pop_mode_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
 from gradckpt_dist.errors import StorageError
 from gradckpt_dist.storage import kernels
+from gradckpt_dist.storage.direct import DirectKernel
 from gradckpt_dist.storage.noise import NoiseSource
 
 logger = logging.getLogger("gradckpt_dist")
@@ -85,8 +85,7 @@ class _Kernel:
     def __init__(self, function: Callable[..., Any], cpu_options: dict[str, Any] | None = None) -> None:
         self._function = function
         self._cpu_options = cpu_options
-        self._compiled: dict[bool, Callable[..., Any]] = {}
-        self._traced: set[tuple[Any, ...]] = set()
+        self._compiled: dict[tuple[Any, ...], DirectKernel] = {}
         self._eager = False
 
     def __call__(self, first: Tensor, *others: Tensor) -> Any:
@@ -94,14 +93,10 @@ class _Kernel:
         if self._eager or first.shape[0] < 2:
             return self._function(first, *others)
         try:
-            if first.is_cpu not in self._compiled:
-                self._compiled[first.is_cpu] = _compile(self._function, self._cpu_options if first.is_cpu else None)
-            dtypes = (first.is_cpu, first.dtype, *(other.dtype for other in others))
-            if dtypes not in self._traced:
-                self._traced.add(dtypes)
-                for tensor in (first, *(other for other in others if other.dim() > 1)):
-                    mark_dynamic(tensor, 0)
-            return self._compiled[first.is_cpu](first, *others)
+            key = (first.device, first.dtype, *(other.dtype for other in others))
+            if key not in self._compiled:
+                self._compiled[key] = _compile(self._function, self._cpu_options if first.is_cpu else None)
+            return self._compiled[key](first, *others)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -122,10 +117,10 @@ class _Kernel:
             )
 
 
-def _compile(function: Callable[..., Any], options: dict[str, Any] | None) -> Callable[..., Any]:
+def _compile(function: Callable[..., Any], options: dict[str, Any] | None) -> DirectKernel:
     if dynamo_config.disable:
         raise RuntimeError("it has been disabled")
-    return torch.compile(function, fullgraph=True, options=options)
+    return DirectKernel(function, options)
 
 
 _quantise8 = _Kernel(kernels.quantise8, kernels.CPU_OPTIONS)
