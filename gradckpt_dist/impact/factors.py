@@ -79,9 +79,13 @@ class ErrorFactors:
         It grows from window to window, and falls with each probe.
         """
         kinds, storages = self._kinds[:, None], np.arange(len(self._storages))[None, :]
-        level, offset = self._levels.variances[kinds], self._offsets.variances[storages * self._count + kinds]
-        parts = (level, offset, self._factors.variances[:, None, :])
-        result: Array = 1.0 + sum(np.minimum(part, FACTOR_VARIANCE) for part in parts)
+        parts = (
+            self._levels.variances[kinds],
+            self._offsets.variances[storages * self._count + kinds],
+            self._factors.variances[:, None, :],
+        )
+        level, offset, factor = (np.minimum(part, FACTOR_VARIANCE) for part in parts)
+        result: Array = 1.0 + level + offset + factor
         return result
 
     def state_dict(self) -> dict[str, Any]:

@@ -23,10 +23,11 @@ MEMORY = 8
 
 
 class Margin:
-    """Follows how far probes are from what plans went by: the mean square of log (measured / expected) of squared errors.
+    """Follows how far probes are from what plans went by: the mean of log(measured / expected)^2 of squared errors.
 
-    Each is taken relative to the variance that is due by when and where there were probes before (``ErrorFactors``), up
-    to a common scale, which this learns. It starts as if one probe had been off by so much that ``FIRST_SHARE`` results.
+    Each is taken relative to the variance that is due by when and where there were probes before (``ErrorFactors``), so
+    that it is their common scale that is learned. It starts as if one probe had been off by as much as leads to
+    ``FIRST_SHARE``.
     """
 
     def __init__(self) -> None:
