@@ -11,23 +11,23 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-DEVIATIONS = 1.8
+DEVIATIONS = 2.0
 """A plan has to keep the tolerance if errors come out so many times further above the expected than they use to."""
-FIRST_SHARE = 1 / 3
-"""What may be planned before probes have met expectations, of which this variance was due."""
-FIRST_VARIANCE = 6.0
-MOST = 0.95
-"""What may be planned at most: errors of blocks add up to that of the mask within a few percent."""
+FIRST_SHARE = 0.25
+FIRST_VARIANCE = 10.0
+FIRST_WEIGHT = 0.1
+"""What may be planned before probes have met expectations; the variance due then; how much it weighs, in probes."""
 MEMORY = 8
 """A probe weighs at least 1 / MEMORY."""
+MOST = 0.95
+"""What may be planned at most: errors of blocks add up to that of the mask within a few percent."""
 
 
 class Margin:
     """Follows how far probes are from what plans went by: the mean of log(measured / expected)^2 of squared errors.
 
     Each is taken relative to the variance that is due by when and where there were probes before (``ErrorFactors``), so
-    that it is their common scale that is learned. It starts as if one probe had been off by as much as leads to
-    ``FIRST_SHARE``.
+    that it is their common scale that is learned. At first it is such that ``FIRST_SHARE`` may be planned.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Margin:
         surprises = np.log(measured[usable] / expected[usable]) ** 2 / variances[usable]
         for surprise in surprises.tolist():
             self._probes += 1
-            weight = 1 / min(self._probes + 1, MEMORY)
+            weight = 1 / min(self._probes + FIRST_WEIGHT, MEMORY)
             self._scale += weight * (surprise - self._scale)
 
     def state_dict(self) -> dict[str, Any]:
