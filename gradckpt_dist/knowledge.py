@@ -65,7 +65,7 @@ class Knowledge:
         self.budget = budget
         self.running = RunningImpact(scope.blocks, scope.fields)
         self.costs = Costs(scope.kinds, scope.storages) if scope.probed else None
-        self.errors = ExpectedErrors(scope.kinds, scope.lossy) if scope.probed else None
+        self.errors = ExpectedErrors(scope.kinds, scope.lossy, scope.metric) if scope.probed else None
         self.stored_bytes: dict[str, tuple[int, ...]] = {}
         self.held_bytes = self.peak_bytes = self.outside_bytes = self.process_peak_bytes = self.available_bytes = 0
         self.plugin_seconds = 0.0
@@ -82,7 +82,8 @@ class Knowledge:
         self.available_bytes = int(-available) if math.isfinite(available) else self.available_bytes
         if self.costs is not None and self.errors is not None:
             probes_size = self._scope.blocks * block_fields(len(self._scope.lossy)) + 1
-            self.errors.update(sums[impact_size : impact_size + probes_size], sums[impact_size + probes_size :])
+            probes, weights = sums[impact_size : impact_size + probes_size], sums[impact_size + probes_size :]
+            self.errors.update(probes, weights, self.running.mean_square)
             self.costs.update(maxima[scalars + _SCALARS :])
         self._costs_table = self._table()
 
@@ -94,7 +95,7 @@ class Knowledge:
             impacts=self.running.impacts(),
             stored_bytes=dict(self.stored_bytes),
             costs=costs,
-            limits=None if costs is None else self.budget.limits(costs, self.available_bytes),
+            limits=None if costs is None else self.budget.limits(costs, self.available_bytes, self._planned_share()),
             headroom_bytes=self._headroom_bytes(),
             peak_limit_bytes=self._peak_limit_bytes(),
             outside_bytes=self.outside_bytes,
@@ -149,6 +150,9 @@ class Knowledge:
             self.stored_bytes[name] = tuple(
                 stored[i] if used == name else known[i] for i, used in enumerate(mask.storages)
             )
+
+    def _planned_share(self) -> float:
+        return 1.0 if self.errors is None else self.errors.planned_share()
 
     def _headroom_bytes(self) -> int | None:
         if self.budget.is_fraction or self._measured_mask is None:

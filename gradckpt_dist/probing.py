@@ -29,7 +29,10 @@ CALIBRATION_VISITS = 2
 WARM_UPS = 3
 """Runs of a storage before it is timed: ``selective_half`` profiles as many calls until it has settled."""
 SHARE = 0.005
-"""Of the seconds of all steps, what probes may take once each kind of block was seen."""
+"""Of the seconds of all steps, what probes may take in the long run."""
+EARLY_SWEEPS = 2
+EARLY_SAMPLES = 16
+"""So many sweeps over all blocks come on top, half of them in the first so many sampled steps: errors rise at first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +51,10 @@ class ProbeTurn:
 class ProbeSchedule:
     """Which turns each sampled step has; a function of its number alone, so that all ranks have the same.
 
-    First, the first block of each kind under all ``storages``, twice. Then one storage on one block after another,
-    lossy ones more often, at the rate that ``SHARE`` allows: a step is taken to last at least as long as its blocks,
-    hence ``blocks`` runs of one. ``samples`` are the sampled steps of an interval.
+    First, the first block of each kind under all ``storages``, twice. Then one block after another under one storage
+    after another, lossy ones more often, at the rate that ``SHARE`` allows: a step is taken to last at least as long as
+    its blocks, hence ``blocks`` runs of one. At first they come more densely, ``EARLY_SWEEPS`` over all blocks being
+    spent ahead. ``samples`` are the sampled steps of an interval.
     """
 
     kinds: tuple[int, ...]
@@ -65,14 +69,18 @@ class ProbeSchedule:
         number -= len(firsts) * CALIBRATION_VISITS
         if number < 0:
             return (ProbeTurn(block=firsts[number % len(firsts)], storages=self.storages, rounds=2),)
-        items_per_sample = SHARE * len(self.kinds) * self.interval / self.samples / 2
-        first, last = int(items_per_sample * number), int(items_per_sample * (number + 1))
+        first, last = self._items_before(number), self._items_before(number + 1)
         return tuple(map(self._item, range(first, min(last, first + len(self.kinds)))))
+
+    def _items_before(self, number: int) -> int:
+        steady = SHARE * self.interval / self.samples / 2 * number
+        early = EARLY_SWEEPS * number / (number + EARLY_SAMPLES)
+        return int(len(self.kinds) * (steady + early))
 
     def _item(self, item: int) -> ProbeTurn:
         sweep, block = divmod(item, len(self.kinds))
         cycle = self._cycle()
-        return ProbeTurn(block=block, storages=(cycle[sweep % len(cycle)],))
+        return ProbeTurn(block=block, storages=(cycle[(sweep + block) % len(cycle)],))
 
     def _cycle(self) -> list[str]:
         lossy = [name for name in self.storages if name in self.lossy]

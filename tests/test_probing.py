@@ -14,7 +14,7 @@ from probing_support import Coarse, Probed, coarse_storage
 from torch import Tensor, nn
 
 from gradckpt_dist.errors import StorageError
-from gradckpt_dist.probing import SHARE, ProbeSchedule
+from gradckpt_dist.probing import EARLY_SAMPLES, EARLY_SWEEPS, SHARE, ProbeSchedule
 from gradckpt_dist.storage import STORAGES
 
 NAMES = ("keep", "recompute", "compress4")
@@ -42,10 +42,24 @@ def test_then_probes_take_their_share_of_all_steps_and_come_to_every_block(block
     turns = [turn for number in range(2, samples + 2) for turn in schedule.turns(number)]
     runs = sum(1 + len(turn.storages) for turn in turns)
     steps = samples * interval / 4
-    assert runs == pytest.approx(SHARE * steps * blocks, rel=0.05)
+    early = 2 * blocks * EARLY_SWEEPS * samples / (samples + EARLY_SAMPLES)
+    assert runs == pytest.approx(SHARE * steps * blocks + early, rel=0.05)
     visited = Counter(turn.block for turn in turns)
     assert len(visited) == blocks
     assert max(visited.values()) - min(visited.values()) <= 1
+
+
+def test_half_of_the_early_sweeps_come_in_the_first_samples() -> None:
+    schedule = _schedule((0,) * 100, 1)
+    turns = [turn for number in range(2, EARLY_SAMPLES + 2) for turn in schedule.turns(number)]
+    assert len(turns) == pytest.approx(100 * EARLY_SWEEPS / 2, rel=0.05)
+
+
+def test_each_block_meets_each_storage() -> None:
+    storages = ("keep", "recompute", "compress8", "compress4")
+    schedule = _schedule((0,) * 6, 50, storages)
+    turns = [turn for number in range(2, 4_000) for turn in schedule.turns(number)]
+    assert {(turn.block, *turn.storages) for turn in turns} == {(i, name) for i in range(6) for name in storages[1:]}
 
 
 def test_lossy_storages_come_more_often_than_exact_ones() -> None:

@@ -10,9 +10,6 @@ from gradckpt_dist.config_checks import byte_count
 from gradckpt_dist.cost.limits import Limits
 from gradckpt_dist.cost.table import CostTable
 
-PLANNED_SHARE = 0.4
-"""Of the tolerance, what a plan may use: predictions are of past steps, and errors grow as training goes on."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
@@ -36,12 +33,13 @@ class Budget:
         """Whether the limit is relative to what blocks hold, from full recompute to keep, rather than in bytes."""
         return not isinstance(self.memory_budget, str)
 
-    def limits(self, costs: CostTable, available_bytes: int) -> Limits:
+    def limits(self, costs: CostTable, available_bytes: int, planned_share: float = 1.0) -> Limits:
         """Limits of a rank; ``available_bytes`` is what the tightest rank may use in all.
 
-        A fraction lies between the peaks of full recompute and of keep, and needs no reserve.
+        A fraction lies between the peaks of full recompute and of keep, and needs no reserve. ``planned_share`` is what
+        a plan may use of the gradient tolerance, by prediction.
         """
-        squared_error = (PLANNED_SHARE * self.gradient_tolerance) ** 2
+        squared_error = (planned_share * self.gradient_tolerance) ** 2
         if isinstance(self.memory_budget, str):
             return Limits(
                 peak_bytes=self.limit_bytes(available_bytes),

@@ -190,7 +190,7 @@ def _train_zero3(*, probed: bool, storage: str) -> list[torch.Tensor]:
         values = probe.agree()
         squared = errors.squared("probe", values)[:, 0]
         assert ((squared > 0) & (squared < 0.01)).all(), squared
-        assert (errors.own("compress4") > 0).all(), errors.own("compress4")
+        assert (errors.squared("norm", values) > 0).all(), errors.squared("norm", values)
     probe.undo()
     engine.destroy()
     return record
