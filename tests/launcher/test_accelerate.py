@@ -1,0 +1,140 @@
+"""``gradckpt accelerate launch``: Accelerate's launchers, with our section taken out of their file."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import yaml
+from support import interruptible, run_command
+
+from gradckpt_dist import ConfigError
+from gradckpt_dist.launcher.accelerate import launch
+
+LAUNCH = [sys.executable, "-m", "gradckpt_dist", "accelerate", "launch"]
+SECTION = {"policy": "static", "every_n": 2, "interval": 4}
+ACCELERATES = {
+    "compute_environment": "LOCAL_MACHINE",
+    "distributed_type": "NO",
+    "num_processes": 1,
+    "num_machines": 1,
+    "mixed_precision": "no",
+    "use_cpu": True,
+}
+SCRIPT = """
+    import json, os, sys
+    from accelerate import Accelerator
+    accelerator = Accelerator()
+    print(json.dumps([sys.argv, sys.path[0], os.environ.get("GRADCKPT_CONFIG"), "gradckpt_dist" in sys.modules]))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "temporary").mkdir()
+    return tmp_path
+
+
+def _write(path: Path, text: str) -> str:
+    path.write_text(textwrap.dedent(text))
+    return str(path)
+
+
+def _config(path: Path, **changes: object) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(ACCELERATES | changes))
+    return str(path)
+
+
+def _launch(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    done = run_command([*LAUNCH, *arguments], TMPDIR=str(folder / "temporary"), HF_HOME=str(folder), **environment)
+    assert list((folder / "temporary").glob("gradckpt-*")) == []
+    return done
+
+
+def test_default_file_is_read_and_the_script_sees_its_own_arguments(folder: Path) -> None:
+    script = _write(folder / "train.py", SCRIPT)
+    default = _config(folder / "accelerate" / "default_config.yaml", gradckpt=SECTION)
+    done = _launch(folder, script, "--config_file", "x", "-h", "+a=b")
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen == [[script, "--config_file", "x", "-h", "+a=b"], str(folder), default, True]
+    assert "without a model to act on" in done.stderr
+
+
+def test_module_and_a_section_in_fsdp_config(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write(folder / "mine.py", SCRIPT)
+    monkeypatch.chdir(folder)
+    config = _config(folder / "config.yaml", fsdp_config={"fsdp_version": 2, "gradckpt": SECTION})
+    python_path = os.environ.get("PYTHONPATH", "")
+    done = _launch(folder, "--config-file", config, "-m", "mine", "--lr", "1", PYTHONPATH=f"{folder}:{python_path}")
+    assert done.returncode == 0, done.stderr
+    argv, first_path, variable, _ = json.loads(done.stdout.splitlines()[-1])
+    assert (argv, first_path, variable) == ([str(folder / "mine.py"), "--lr", "1"], str(folder), config)
+
+
+def test_interrupt_reaches_the_script(folder: Path) -> None:
+    script = _write(
+        folder / "train.py",
+        """
+        import time
+        print("ready", flush=True)
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            print("cleaned up", flush=True)
+            raise
+        """,
+    )
+    config = _config(folder / "config.yaml", gradckpt=SECTION)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    environment = os.environ | {"TMPDIR": str(folder / "temporary")}
+    command = [*LAUNCH, "--config_file", config, script]
+    with interruptible(command, env=environment, **options) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        output, _ = process.communicate(timeout=60)
+    assert output == "cleaned up\n"
+    assert process.returncode == -signal.SIGINT
+    assert list((folder / "temporary").glob("gradckpt-*")) == []
+
+
+@pytest.mark.parametrize("place", ["top", "fsdp_config"])
+@pytest.mark.parametrize("suffix", [".yaml", ".json"])
+def test_wrong_key_names_the_file(folder: Path, place: str, suffix: str) -> None:
+    section = {"gradckpt": {"intervall": 3}}
+    path = folder / f"config{suffix}"
+    path.write_text(json.dumps(ACCELERATES | (section if place == "top" else {"fsdp_config": section})))
+    with pytest.raises(ConfigError) as error:
+        launch(["--config_file", str(path), "train.py"])
+    assert str(error.value).startswith(f"{path}: unknown key 'intervall'; did you mean 'interval'?")
+
+
+def test_what_cannot_be_launched_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="--no_python starts a program"):
+        launch(["--no_python", "train"])
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: there is no such file"):
+        launch(["--config_file", str(folder / "nowhere.yaml"), "train.py"])
+    both = _config(folder / "config.yaml", gradckpt=SECTION, fsdp_config={"gradckpt": SECTION})
+    with pytest.raises(ConfigError, match="is there twice"):
+        launch(["--config_file", both, "train.py"])
+
+
+def test_missing_accelerate_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.path", [])
+    with pytest.raises(ConfigError, match=r"pip install 'gradckpt_dist\[accelerate\]'"):
+        launch(["train.py"])
+
+
+def test_help_is_accelerates_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        launch(["--help"])
+    assert end.value.code == 0
+    assert "--num_processes" in capsys.readouterr().out
