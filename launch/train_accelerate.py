@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from text_model import GPT, Text, read_text
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
@@ -55,7 +55,9 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="where the state is saved at the end")
     parser.add_argument("--resume", action="store_true", help="load it first")
     options = parser.parse_args()
-    accelerator = Accelerator()
+    # Without a GPU, Accelerate has no backend of its own for DeepSpeed, and would take each process for the only one.
+    backend = InitProcessGroupKwargs(backend=None if torch.cuda.is_available() else "gloo")
+    accelerator = Accelerator(kwargs_handlers=[backend])
     train(accelerator, options, read_text(options.text))
     accelerator.free_memory()  # wrapped models have to go before the process group that they hold
     accelerator.end_training()
