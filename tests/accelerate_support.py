@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, TorchDynamoPlugin
 from models import backward, batch, build
 from torch import nn
 
 
-def accelerator(framework: str, **fsdp: Any) -> Accelerator:
-    """One for ``single``, ``ddp``, ``fsdp1`` or ``fsdp2``.
+def accelerator(framework: str, dynamo_plugin: TorchDynamoPlugin | None = None, **fsdp: Any) -> Accelerator:
+    """One for ``single``, ``ddp``, ``fsdp1`` or ``fsdp2``; ``fsdp`` is for its FSDP plugin.
 
     On a CPU, Accelerate takes DDP where FSDP is asked for. Its state is therefore told that this is FSDP, and prepares
     models as it does on GPUs from there on.
@@ -26,7 +26,7 @@ def accelerator(framework: str, **fsdp: Any) -> Accelerator:
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
         rank, ranks = str(dist.get_rank()), str(dist.get_world_size())
         os.environ |= dict(zip(names, (rank, rank, ranks, ranks), strict=True))
-    made = Accelerator(cpu=True)
+    made = Accelerator(cpu=True, dynamo_plugin=dynamo_plugin)
     if framework.startswith("fsdp"):
         version = int(framework[-1])
         plugin = FullyShardedDataParallelPlugin(
@@ -48,8 +48,8 @@ def accelerator(framework: str, **fsdp: Any) -> Accelerator:
 class Run:
     """A model with dropout, prepared by an Accelerator, and its losses on data of each rank's own."""
 
-    def __init__(self, framework: str, **fsdp: Any) -> None:
-        self.accelerator = accelerator(framework, **fsdp)
+    def __init__(self, framework: str, **options: Any) -> None:
+        self.accelerator = accelerator(framework, **options)
         inner: nn.Module = build()
         self.model, self.optimizer = self.accelerator.prepare(inner, torch.optim.SGD(inner.parameters(), lr=0.05))
         self.rank = dist.get_rank() if dist.is_initialized() else 0

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from gradckpt_dist.adapters.accelerate_checkpoint import remember_loads
 from gradckpt_dist.api import enable, resolve_config
 from gradckpt_dist.blocks.attribute import is_switched
 from gradckpt_dist.config import Config
@@ -52,6 +53,7 @@ def run_script(script: str, arguments: Sequence[str], config_path: str | None, *
     sys.excepthook = _ScriptTraceback(str(path))
     if config.enabled:
         watch.arm()
+        remember_loads()
     if is_module:
         runpy.run_module(script, run_name="__main__", alter_sys=True)
     else:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import TorchDynamoPlugin
 from accelerate_support import Run
 from support import run_distributed_test
 
@@ -17,13 +19,14 @@ import gradckpt_dist
 from gradckpt_dist import Engine
 from gradckpt_dist.adapters import adapter_of
 from gradckpt_dist.adapters.accelerate import AccelerateAdapter, save_with
+from gradckpt_dist.adapters.accelerate_checkpoint import remember_loads
 
 CONFIG = {"policy": "threshold", "memory_budget": 0.5, "interval": 4, "warmup_steps": 0, "agreement_timeout_s": 60}
 STEPS, MORE_STEPS = 12, 5
 
 
-def _ours(framework: str, **fsdp: Any) -> tuple[Run, Engine]:
-    run = Run(framework, **fsdp)
+def _ours(framework: str, **options: Any) -> tuple[Run, Engine]:
+    run = Run(framework, **options)
     return run, gradckpt_dist.enable(run.model, CONFIG)
 
 
@@ -93,6 +96,15 @@ def test_ddp_and_fsdp2_whose_checkpointing_is_taken_over(tmp_path: Path) -> None
     run_distributed_test(_check_all, 2, str(tmp_path), cases)
 
 
+def test_blocks_that_accelerate_compiled() -> None:
+    compiled = TorchDynamoPlugin(backend="aot_eager", use_regional_compilation=True)
+    expected = Run("single", dynamo_plugin=compiled).train(STEPS)
+    run, engine = _ours("single", dynamo_plugin=compiled)
+    assert run.train(STEPS) == expected
+    assert set(engine.mask.storages) == {"keep", "recompute"}
+    engine.disable()
+
+
 @pytest.mark.slow
 def test_fsdp(tmp_path: Path) -> None:
     cases = [("fsdp1", {}), ("fsdp1", {"activation_checkpointing": True}), ("fsdp2", {})]
@@ -120,6 +132,25 @@ def test_disabled_engine_leaves_no_trace_in_the_accelerator(tmp_path: Path) -> N
     assert _hooks(run) == before
     run.accelerator.save_state(str(tmp_path))
     assert not list(tmp_path.glob("gradckpt*"))
+
+
+def test_engine_takes_over_what_was_loaded_before_if_accelerate_launched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, engine = _ours("single")
+    engine.set_mask(["keep"] * 4)
+    run.save(str(tmp_path))
+    engine.disable()
+    monkeypatch.setattr(Accelerator, "__init__", before := Accelerator.__init__)
+    remember_loads()
+    assert Accelerator.__init__ is before
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    remember_loads()
+    resumed = Run("single")
+    resumed.load(str(tmp_path), STEPS)
+    engine = gradckpt_dist.enable(resumed.model, CONFIG)
+    assert engine.mask.storages == ("keep",) * 4
+    engine.disable()
 
 
 def test_two_engines_have_two_files(tmp_path: Path) -> None:

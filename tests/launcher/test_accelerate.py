@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from support import interruptible, run_command
 
@@ -52,8 +53,13 @@ def _config(path: Path, **changes: object) -> str:
     return str(path)
 
 
-def _launch(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    done = run_command([*LAUNCH, *arguments], TMPDIR=str(folder / "temporary"), HF_HOME=str(folder), **environment)
+def _launch(
+    folder: Path, *arguments: str, directory: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    there = ["/bin/sh", "-c", 'cd "$0" && exec "$@"', str(directory or Path.cwd())]
+    done = run_command(
+        [*there, *LAUNCH, *arguments], TMPDIR=str(folder / "temporary"), HF_HOME=str(folder), **environment
+    )
     assert list((folder / "temporary").glob("gradckpt-*")) == []
     return done
 
@@ -77,6 +83,40 @@ def test_module_and_a_section_in_fsdp_config(folder: Path, monkeypatch: pytest.M
     assert done.returncode == 0, done.stderr
     argv, first_path, variable, _ = json.loads(done.stdout.splitlines()[-1])
     assert (argv, first_path, variable) == ([str(folder / "mine.py"), "--lr", "1"], str(folder), config)
+
+
+@pytest.mark.slow
+def test_resumed_script_goes_on_with_its_mask(folder: Path) -> None:
+    """It loads before the first forward, so before there is an engine."""
+    script = _write(
+        folder / "train.py",
+        """
+        import sys, torch
+        from accelerate import Accelerator
+        from torch import nn
+        accelerator = Accelerator()
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 8)) for _ in range(4)))
+        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.01))
+        if sys.argv[1:]:
+            accelerator.load_state("checkpoint")
+        for _ in range(12):
+            model(torch.randn(4, 8)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        accelerator.save_state("checkpoint")
+        """,
+    )
+    section = {"interval": 4, "warmup_steps": 0, "log_dir": str(folder / "log")}
+    config = _config(folder / "config.yaml", gradckpt=section)
+    epochs = []
+    for arguments in ([], ["resume"]):
+        done = _launch(folder, "--config_file", config, script, *arguments, directory=folder)
+        assert done.returncode == 0, done.stderr
+        events = [json.loads(line) for line in (folder / "log" / "gradckpt.jsonl").read_text().splitlines()]
+        epochs = [event["epoch"] for event in events if event["event"] == "decision"]
+    last = torch.load(folder / "checkpoint" / "gradckpt.pt", weights_only=True)
+    assert last["step"] == 23
+    assert last["epoch"] == epochs[-1] > 2
 
 
 def test_interrupt_reaches_the_script(folder: Path) -> None:
