@@ -74,14 +74,15 @@ def _script_file(script: str) -> Path:
 
 
 def _module_file(name: str) -> Path:
-    for candidate in (f"{name}.__main__", name):  # a package is run by its __main__
-        try:
-            spec = importlib.util.find_spec(candidate)
-        except (ImportError, ValueError):
-            continue
-        if spec is not None and spec.origin is not None:
-            return Path(spec.origin)
-    raise ConfigError(f"{name}: there is no such module; give a name that `python -m` would find from here")
+    try:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.submodule_search_locations is not None:  # a package is run by its __main__
+            spec = importlib.util.find_spec(f"{name}.__main__")
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or spec.origin is None:
+        raise ConfigError(f"{name}: there is no such module; give a name that `python -m` would find from here")
+    return Path(spec.origin)
 
 
 def _show_messages(config: Config) -> None:
