@@ -8,15 +8,18 @@ from dataclasses import dataclass
 from typing import Annotated, Any, cast
 
 import torch
-import tyro
 from torch import nn
-from torchtitan.distributed import activation_checkpoint as titan
 
-from gradckpt_dist.adapters.versions import warn_if_untested
+from gradckpt_dist.adapters import versions
 from gradckpt_dist.api import enable, resolve_config
 from gradckpt_dist.config import EXACT_STORAGES, Config
 from gradckpt_dist.engine import Engine
 from gradckpt_dist.errors import ConfigError
+
+versions.require("torchtitan")
+
+import tyro  # noqa: E402
+from torchtitan.distributed import activation_checkpoint as titan  # noqa: E402
 
 logger = logging.getLogger("gradckpt_dist")
 
@@ -54,7 +57,6 @@ class GradckptAC(titan.ActivationCheckpointing):
 
     def __init__(self, config: GradckptAC.Config, dump_folder: str = "") -> None:
         super().__init__(config, dump_folder)
-        warn_if_untested("torchtitan")
         self.settings = _settings(config)
         self.engine: Engine | None = None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,6 +130,13 @@ def test_what_it_does_not_have_is_refused(tmp_path: Path) -> None:
     (tmp_path / "wrong.yaml").write_text("gradckpt: {intervall: 3}")
     with pytest.raises(ConfigError, match=r"wrong\.yaml: unknown key 'intervall'; did you mean 'interval'"):
         GradckptAC.Config(file=str(tmp_path / "wrong.yaml")).build()
+
+
+def test_missing_torchtitan_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "gradckpt_dist.torchtitan")
+    monkeypatch.setattr("sys.path", [])
+    with pytest.raises(ConfigError, match=r"^torchtitan is not installed; pip install 'gradckpt_dist\[torchtitan\]'$"):
+        importlib.import_module("gradckpt_dist.torchtitan")
 
 
 @dataclass

@@ -49,7 +49,8 @@ def _write(path: Path, text: str) -> str:
 
 def _config(path: Path, **changes: object) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(ACCELERATES | changes))
+    given = {key: value for key, value in (ACCELERATES | changes).items() if value is not None}
+    path.write_text(yaml.safe_dump(given))
     return str(path)
 
 
@@ -117,6 +118,32 @@ def test_resumed_script_goes_on_with_its_mask(folder: Path) -> None:
     last = torch.load(folder / "checkpoint" / "gradckpt.pt", weights_only=True)
     assert last["step"] == 23
     assert last["epoch"] == epochs[-1] > 2
+
+
+@pytest.mark.slow
+def test_section_in_deepspeeds_file_reaches_its_engine(folder: Path) -> None:
+    script = _write(
+        folder / "train.py",
+        """
+        import json, torch
+        from accelerate import Accelerator
+        from accelerate.utils import InitProcessGroupKwargs
+        from torch import nn
+        accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
+        model = nn.Linear(4, 4)
+        engine, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.01))
+        print(json.dumps([type(engine).__name__, engine.config["gradckpt"]]))
+        """,
+    )
+    batches = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    document = {**batches, "zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
+    (folder / "deepspeed.json").write_text(json.dumps(document | {"gradckpt": SECTION}))
+    plugin = {"deepspeed_config_file": str(folder / "deepspeed.json")}
+    changes = {"distributed_type": "DEEPSPEED", "use_cpu": False, "main_process_port": 0, "deepspeed_config": plugin}
+    changes["mixed_precision"] = None  # Accelerate refuses it beside DeepSpeed's own file
+    done = _launch(folder, "--config_file", _config(folder / "config.yaml", **changes), script)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == ["DeepSpeedEngine", SECTION]
 
 
 def test_interrupt_reaches_the_script(folder: Path) -> None:
