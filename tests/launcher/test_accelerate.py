@@ -75,6 +75,7 @@ def test_default_file_is_read_and_the_script_sees_its_own_arguments(folder: Path
     assert "without a model to act on" in done.stderr
 
 
+@pytest.mark.slow
 def test_module_and_a_section_in_fsdp_config(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _write(folder / "mine.py", SCRIPT)
     monkeypatch.chdir(folder)

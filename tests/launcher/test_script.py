@@ -94,7 +94,7 @@ def test_script_sees_its_own_arguments_path_and_main(folder: Path) -> None:
     assert "without a model to act on" in ours.stderr
 
 
-@pytest.mark.parametrize("name", ["train", "package"])
+@pytest.mark.parametrize("name", ["train", pytest.param("package", marks=pytest.mark.slow)])
 def test_module_sees_what_python_m_shows(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     source = """
         import sys
