@@ -4,7 +4,7 @@ export OMP_NUM_THREADS ?= 1
 
 BIN := .venv/bin
 STAMP := .venv/.complete
-EXTRAS := dev,transformers
+EXTRAS := dev,transformers,accelerate
 # Many tests wait for processes of their own, so that two cores serve three of them at once.
 WORKERS ?= 3
 

@@ -7,7 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from gradckpt_dist.bench.command import add_bench_parser
+from gradckpt_dist.doctor.command import add_doctor_parser
 from gradckpt_dist.errors import GradckptError
+from gradckpt_dist.launcher.accelerate import add_accelerate_parser
 from gradckpt_dist.launcher.script import run_script
 from gradckpt_dist.version import __version__
 
@@ -32,15 +34,18 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run",
         help="run a training script with the plugin enabled, without a change to it",
-        usage="gradckpt run [-h] [--config FILE] SCRIPT [ARGUMENTS …]",
+        usage="gradckpt run [-h] [--config FILE] [-m] SCRIPT [ARGUMENTS …]",
     )
     run.add_argument("--config", metavar="FILE", help="YAML or JSON, its `gradckpt` section; default: GRADCKPT_CONFIG")
+    run.add_argument("-m", "--module", action="store_true", help="SCRIPT is a module's name, as for python -m")
     run.add_argument("script", metavar="SCRIPT")
     run.add_argument("arguments", metavar="ARGUMENTS", nargs=argparse.REMAINDER)
     run.set_defaults(execute=_run)
+    add_accelerate_parser(commands)
+    add_doctor_parser(commands)
     add_bench_parser(commands)
     return parser
 
 
 def _run(parsed: argparse.Namespace) -> None:
-    run_script(parsed.script, parsed.arguments, parsed.config)
+    run_script(parsed.script, parsed.arguments, parsed.config, is_module=parsed.module)

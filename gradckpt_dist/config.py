@@ -174,17 +174,20 @@ class Config(_Checked):
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
-        """A configuration from the ``gradckpt`` section of a YAML or JSON file.
+        """A configuration from the ``gradckpt`` section of a YAML or JSON file, as ``section_owners`` finds it.
 
         Raises:
             ConfigError: the file is not there, cannot be read or parsed, has no such section, or as ``from_dict``.
         """
         path = Path(path)
-        document = _parse(path)
-        if not isinstance(document, Mapping) or SECTION not in document:
+        owners = section_owners(read_document(path))
+        if not owners:
             raise ConfigError(f"{path}: there is no top-level section {SECTION!r}; add one with the plugin's keys")
+        if len(owners) > 1:
+            raise ConfigError(f"{path}: {SECTION!r} is there twice, at the top and in fsdp_config; leave one of them")
+        section = owners[0][SECTION]
         try:
-            return cls.from_dict({} if document[SECTION] is None else document[SECTION])
+            return cls.from_dict({} if section is None else section)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
 
@@ -204,7 +207,18 @@ def _build(cls: type[_T], data: Mapping[str, Any], section: str) -> _T:
     return cls(**data)
 
 
-def _parse(path: Path) -> Any:
+def section_owners(document: Any) -> list[dict[str, Any]]:
+    """The mappings of a document that hold our section: the top level; in Accelerate's YAML also ``fsdp_config``."""
+    top = document if isinstance(document, dict) else {}
+    return [part for part in (top, top.get("fsdp_config")) if isinstance(part, dict) and SECTION in part]
+
+
+def read_document(path: Path) -> Any:
+    """What a YAML or JSON file holds.
+
+    Raises:
+        ConfigError: the file is not there, cannot be read or parsed, or has another suffix.
+    """
     if path.suffix not in {".yaml", ".yml", ".json"}:
         raise ConfigError(f"{path}: a configuration file ends in .yaml, .yml or .json")
     try:

@@ -49,6 +49,7 @@ def test_missing_files_are_refused_in_one_line(tmp_path: Path) -> None:
     assert "there is no such file" in _refused("run", "--config", str(tmp_path / "no.yaml"), script)
     assert "there is no such file" in _refused("run", script, GRADCKPT_CONFIG=str(tmp_path / "no.json"))
     assert "there is no such script" in _refused("run", str(tmp_path / "no.py"))
+    assert "there is no such module" in _refused("run", "-m", "no.such.module")
 
 
 def test_help_lists_the_commands() -> None:

@@ -271,3 +271,12 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
     (tmp_path / "folder.yaml").mkdir()
     with pytest.raises(ConfigError, match="cannot be read"):
         Config.from_file(tmp_path / "folder.yaml")
+
+
+def test_section_may_be_in_accelerates_fsdp_config_but_not_twice(tmp_path: Path) -> None:
+    path = tmp_path / "accelerate.yaml"
+    path.write_text("fsdp_config: {fsdp_version: 2, gradckpt: {interval: 7}}")
+    assert Config.from_file(path).interval == 7
+    path.write_text("gradckpt: {interval: 7}\nfsdp_config: {gradckpt: {interval: 7}}")
+    with pytest.raises(ConfigError, match=r"accelerate\.yaml: 'gradckpt' is there twice"):
+        Config.from_file(path)

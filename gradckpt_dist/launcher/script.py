@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import logging
+import os
 import runpy
 import sys
 import time
@@ -17,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from gradckpt_dist.adapters.accelerate_checkpoint import remember_loads
 from gradckpt_dist.api import enable, resolve_config
 from gradckpt_dist.blocks.attribute import is_switched
 from gradckpt_dist.config import Config
@@ -28,32 +31,58 @@ logger = logging.getLogger("gradckpt_dist")
 _GLOO_SETTLES_SECONDS = 0.05
 
 
-def run_script(script: str, arguments: Sequence[str], config_path: str | None) -> None:
+def run_script(script: str, arguments: Sequence[str], config_path: str | None, *, is_module: bool = False) -> None:
     """Run ``script`` as ``__main__``, with the plugin enabled on the first model that trains.
 
-    ``sys.argv``, ``sys.path[0]``, exit codes, tracebacks and interrupts are those of ``python script ARGS``.
+    ``sys.argv``, ``sys.path[0]``, exit codes, tracebacks and interrupts are those of ``python script ARGS``, or of
+    ``python -m script ARGS`` if it ``is_module``.
 
     Raises:
         ConfigError: the script or the configuration file is not there, or the configuration cannot be used.
     """
     config = resolve_config(config_path)
     _show_messages(config)
-    path = Path(script).absolute()
-    if not path.is_file():
-        raise ConfigError(f"{script}: there is no such script; give the path of a Python file, then its arguments")
+    if is_module:
+        sys.path[0] = os.getcwd()
+        path = _module_file(script)
+    else:
+        path = _script_file(script)
+        sys.path[0] = str(path.resolve().parent)
     watch = ModelWatch(config)
     sys.argv = [script, *arguments]
-    sys.path[0] = str(path.resolve().parent)
     sys.excepthook = _ScriptTraceback(str(path))
     if config.enabled:
         watch.arm()
-    runpy.run_path(str(path), run_name="__main__")
+        remember_loads()
+    if is_module:
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(str(path), run_name="__main__")
     watch.report()
     del watch
     # Wrapped models, in reference cycles, hold process groups; a thread of gloo's that outlives the interpreter aborts
     # the process. Such a thread may still be letting go of its last collective, for which it needs Python's lock.
     time.sleep(_GLOO_SETTLES_SECONDS)
     gc.collect()
+
+
+def _script_file(script: str) -> Path:
+    path = Path(script).absolute()
+    if not path.is_file():
+        raise ConfigError(f"{script}: there is no such script; give the path of a Python file, then its arguments")
+    return path
+
+
+def _module_file(name: str) -> Path:
+    try:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.submodule_search_locations is not None:  # a package is run by its __main__
+            spec = importlib.util.find_spec(f"{name}.__main__")
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or spec.origin is None:
+        raise ConfigError(f"{name}: there is no such module; give a name that `python -m` would find from here")
+    return Path(spec.origin)
 
 
 def _show_messages(config: Config) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -91,6 +92,30 @@ def test_script_sees_its_own_arguments_path_and_main(folder: Path) -> None:
     assert plain.returncode == ours.returncode == 0
     assert ours.stdout == plain.stdout
     assert "without a model to act on" in ours.stderr
+
+
+@pytest.mark.parametrize("name", ["train", pytest.param("package", marks=pytest.mark.slow)])
+def test_module_sees_what_python_m_shows(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = """
+        import sys
+        import sibling
+        def inner():
+            print(sys.argv, sys.path[0], __name__, __file__, __spec__.name)
+            raise ValueError("broken")
+        inner()
+        """
+    _script(folder, source)
+    (folder / "package").mkdir()
+    (folder / "package" / "__init__.py").touch()
+    (folder / "package" / "__main__.py").write_text((folder / "train.py").read_text())
+    monkeypatch.chdir(folder)
+    python_path = {"PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"}
+    plain = run_command([sys.executable, "-m", name, "--lr", "-m"], **python_path)
+    ours = run_command([sys.executable, "-m", "gradckpt_dist", "run", "-m", name, "--lr", "-m"], **python_path)
+    assert ours.returncode == plain.returncode == 1
+    assert ours.stdout == plain.stdout
+    assert ours.stderr.splitlines()[1:] == plain.stderr.splitlines()[-len(ours.stderr.splitlines()) + 1 :]
+    assert "runpy" not in ours.stderr
 
 
 def test_training_is_bitwise_and_decides(folder: Path) -> None:

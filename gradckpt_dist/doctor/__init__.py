@@ -1,0 +1,1 @@
+"""``gradckpt doctor``: what is installed here, and what of this package will work."""
