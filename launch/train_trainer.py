@@ -22,7 +22,7 @@ import yaml
 from text_model import Text, read_text
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from gradckpt_dist import GradckptCallback
 
@@ -44,9 +44,16 @@ class Stretches(Dataset[dict[str, Tensor]]):
 
 def build(vocabulary: int, lora_rank: int) -> nn.Module:
     """Six decoder layers; with a ``lora_rank`` above 0 they are frozen, beside trained adapters of that rank."""
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
-    sizes = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 6, **heads}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, attention_dropout=0.1, **sizes))
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        attention_dropout=0.1,
+    )
+    model = LlamaForCausalLM(config)
     if not lora_rank:
         return model
     from peft import LoraConfig, get_peft_model  # noqa: PLC0415
@@ -61,8 +68,7 @@ def training_arguments(options: argparse.Namespace) -> TrainingArguments:
     for name in ("max_steps", "output_dir", "deepspeed"):
         if getattr(options, name) is not None:
             given[name] = getattr(options, name)
-    (arguments,) = HfArgumentParser(TrainingArguments).parse_dict(given)
-    return arguments
+    return TrainingArguments(**given)
 
 
 def parse_arguments() -> argparse.Namespace:

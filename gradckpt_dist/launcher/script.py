@@ -21,7 +21,7 @@ from gradckpt_dist.api import ConfigLike, enable, resolve_config
 from gradckpt_dist.blocks.attribute import is_switched
 from gradckpt_dist.config import Config
 from gradckpt_dist.engine import Engine
-from gradckpt_dist.errors import BlocksNotFoundError, ConfigError, ConflictError
+from gradckpt_dist.errors import BlocksNotFoundError, ConfigError, ConflictError, GradckptError
 
 logger = logging.getLogger("gradckpt_dist")
 
@@ -125,8 +125,9 @@ class ModelWatch:
             return
         try:
             self.engine = enable(module, self._config)
-        except BlocksNotFoundError as error:
-            if self._model is not None:
+        except GradckptError as error:
+            if self._model is not None or not isinstance(error, BlocksNotFoundError):
+                self.disarm()
                 raise
             if not self._passed_over:
                 self._reason = str(error)

@@ -3,42 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from typing import Any
 
 from torch import nn
-from transformers.trainer_callback import (
-    CallbackHandler,
-    ExportableState,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-)
+from transformers.trainer_callback import CallbackHandler, ExportableState, TrainerCallback, TrainerState
 from transformers.training_args import TrainingArguments
 
 from gradckpt_dist.api import ConfigLike, resolve_config
 from gradckpt_dist.engine import Engine
 from gradckpt_dist.errors import MaskError
+from gradckpt_dist.launcher.figures import figures_of
 from gradckpt_dist.launcher.script import ModelWatch
 
 logger = logging.getLogger("gradckpt_dist")
-
-_COUNTS = ("epoch", "decisions", "plugin_seconds")
-_LOGGED = (
-    *_COUNTS,
-    "held_bytes",
-    "measured_peak_bytes",
-    "process_peak_bytes",
-    "predicted_process_peak_bytes",
-    "relative_error_predicted",
-    "theta",
-)
 
 
 class GradckptCallback(TrainerCallback, ExportableState):
     """Enables the plugin on the model that a ``Trainer`` trains, wrapped as it is, until training ends.
 
-    ``config`` is what ``gradckpt_dist.enable`` takes; with None, DeepSpeed's JSON may give it. The plugin's figures join the training logs under ``gradckpt/``,
+    ``config`` is what ``gradckpt_dist.enable`` takes. The plugin's figures join the training logs under ``gradckpt/``,
     for all trackers and for ``state.log_history``. Its state is the Trainer's callback state, in the checkpoint's
     ``trainer_state.json``; resuming takes it up. The first training step raises what ``gradckpt_dist.enable`` does.
 
@@ -56,15 +39,11 @@ class GradckptCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What the Trainer saves with a checkpoint: the same on all ranks, in plain values."""
+        config = None if self._config is None else self._config.to_dict()
         saved = self.saved if self.engine is None else self.engine.state_dict()
-        return {
-            "args": {"config": None if self._config is None else self._config.to_dict()},
-            "attributes": {"saved": saved},
-        }
+        return {"args": {"config": config}, "attributes": {"saved": saved}}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Wait for the first training forward: only then does the wrapped model show itself."""
         self._stop()
         if args.activation_checkpointing:
@@ -74,26 +53,18 @@ class GradckptCallback(TrainerCallback, ExportableState):
         self._watch.arm()
         _join(self, model)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
         """Add the figures to the logs of training; those of evaluation and of the end stay as they are."""
-        if self.engine is None or not self.engine.enabled or logs is None or "loss" not in logs:
-            return
-        figures = _figures(self.engine)
-        logs |= figures
-        state.log_history[-1] |= figures
+        if self.engine is not None and self.engine.enabled and "loss" in logs:
+            figures = figures_of(self.engine)
+            logs |= figures
+            state.log_history[-1] |= figures
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Resume where the engine was enabled before this callback was there."""
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Resume, where the engine was enabled before this callback was there."""
         self._resume()
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Leave the model as it was."""
         self._stop()
 
@@ -144,12 +115,3 @@ def _join(callback: GradckptCallback, root: nn.Module) -> None:
         return plain(handler, event, args, state, *others, **kwargs)
 
     handlers.call_event = call_event
-
-
-def _figures(engine: Engine) -> dict[str, float]:
-    stats = engine.stats()
-    blocks = Counter(stats["mask"])
-    figures = {f"blocks_{storage}": blocks[storage] for storage in engine.config.storages}
-    # Bytes are 0, and predictions None, until they are known.
-    figures |= {name: stats[name] for name in _LOGGED if stats[name] or name in _COUNTS}
-    return {f"gradckpt/{name}": value for name, value in figures.items()}
