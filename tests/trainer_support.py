@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from frameworks import local
 from torch import Tensor, nn
 
 LAYERS = 4
@@ -23,6 +24,8 @@ MOVING = {"policy": "threshold", "memory_budget": 0.5, "interval": 3, "warmup_st
 class Run:
     """What one training left."""
 
+    wrapper: str
+    """The class in which the Trainer has wrapped the model."""
     losses: list[float]
     weights: dict[str, Tensor]
     history: list[dict[str, Any]]
@@ -95,13 +98,14 @@ def train(
     settings = TrainingArguments(str(folder), use_cpu=True, **defaults | quiet | arguments)
     if "fsdp" in arguments:
         # On a CPU Accelerate takes no notice of FSDP, for no other reason than the name of what it found.
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        PartialState._shared_state |= {"distributed_type": DistributedType.MULTI_GPU, "device": torch.device("cpu")}
     record = Record()
     model = llama() if model is None else model
     trainer = Trainer(model=model, args=settings, train_dataset=texts(), callbacks=[record, *callbacks])
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     history = trainer.state.log_history
     run = Run(
+        wrapper=type(trainer.model_wrapped).__name__,
         losses=[entry["loss"] for entry in history if "loss" in entry],
         weights=_weights(trainer),
         history=history,
@@ -113,6 +117,8 @@ def train(
 
 
 def _weights(trainer: Any) -> dict[str, Tensor]:
+    if trainer.is_fsdp_enabled:  # this rank's part: gathering FSDP1's crashes on a CPU (torch 2.13)
+        return {name: local(tensor).detach().clone() for name, tensor in trainer.model_wrapped.named_parameters()}
     found = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
     return {name: tensor.detach().clone() for name, tensor in found.items()}
 

@@ -45,7 +45,8 @@ def _assert_moved(run: Run) -> None:
         assert everyone == [run.masks] * len(everyone)
 
 
-def _check_ways_in(folder: Path, **options: object) -> None:
+def _check_ways_in(folder: Path, **options: Any) -> tuple[Run, Run]:
+    """With the callback and without a change to the script; the plain run, and that with the callback."""
     from gradckpt_dist.launcher.trainer import GradckptCallback
 
     plain = train(folder / "plain", **options)
@@ -61,8 +62,13 @@ def _check_ways_in(folder: Path, **options: object) -> None:
     unchanged = train(folder / "unchanged", **options)
     assert_same(unchanged, plain)
     assert unchanged.masks == ours.masks
+    return plain, ours
 
-    # Every checkpoint serves with the plugin and without.
+
+def _check_checkpoints(folder: Path, plain: Run, ours: Run, **options: Any) -> None:
+    """Every checkpoint serves with the plugin and without."""
+    from gradckpt_dist import GradckptCallback
+
     for written in ("plain", "ours", "unchanged"):
         checkpoint = folder / written / f"checkpoint-{SAVED}"
         for callbacks in ([], [GradckptCallback(MOVING)]):
@@ -77,10 +83,12 @@ def _check_ways_in(folder: Path, **options: object) -> None:
 
 def _check_rank(folder: Path, stages: list[int]) -> None:
     join_group()
-    if not stages:
-        _check_ways_in(folder)
-    for stage in stages:
-        _check_ways_in(folder / str(stage), deepspeed=deepspeed_config(stage))
+    variants = [{"deepspeed": deepspeed_config(stage)} for stage in stages] or [{}]
+    for number, options in enumerate(variants):
+        into = folder / str(number)
+        plain, ours = _check_ways_in(into, **options)
+        assert plain.wrapper == ("DeepSpeedEngine" if stages else "DistributedDataParallel")
+        _check_checkpoints(into, plain, ours, **options)
 
 
 @pytest.fixture
@@ -92,7 +100,7 @@ def environment() -> Iterator[None]:
 
 @pytest.mark.usefixtures("environment")
 def test_one_process(tmp_path: Path) -> None:
-    _check_ways_in(tmp_path)
+    _check_checkpoints(tmp_path, *_check_ways_in(tmp_path))
 
 
 def test_data_parallel(tmp_path: Path) -> None:
@@ -103,6 +111,21 @@ def test_data_parallel(tmp_path: Path) -> None:
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 def test_deepspeed(tmp_path: Path) -> None:
     run_distributed_test(_check_rank, 2, tmp_path, [0, 1, 2, 3], timeout_seconds=280)
+
+
+def _check_fully_sharded(folder: Path) -> None:
+    join_group()
+    both = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "cpu_ram_efficient_loading": False}
+    for version in (1, 2):
+        settings = both | {"version": version} | ({"sync_module_states": False} if version == 1 else {})
+        options = {"fsdp": True, "fsdp_config": settings, "save_strategy": "no"}
+        plain, _ = _check_ways_in(folder / str(version), **options)
+        assert plain.wrapper == ("FullyShardedDataParallel" if version == 1 else "FSDPLlamaForCausalLM")
+
+
+@pytest.mark.slow
+def test_fully_sharded(tmp_path: Path) -> None:
+    run_distributed_test(_check_fully_sharded, 2, tmp_path, timeout_seconds=200)
 
 
 @pytest.mark.usefixtures("environment")
