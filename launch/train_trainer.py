@@ -65,6 +65,8 @@ def training_arguments(options: argparse.Namespace) -> TrainingArguments:
     """The file's keys, save the plugin's section; then what the command line says."""
     given: dict[str, Any] = yaml.safe_load(options.config.read_text(encoding="utf-8"))
     given.pop("gradckpt", None)
+    # Without it Accelerate would leave the ranks on a CPU to themselves.
+    given.setdefault("use_cpu", not torch.accelerator.is_available())
     for name in ("max_steps", "output_dir", "deepspeed"):
         if getattr(options, name) is not None:
             given[name] = getattr(options, name)

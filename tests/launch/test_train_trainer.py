@@ -21,6 +21,8 @@ def test_two_ranks(tmp_path: Path) -> None:
     done = run_torchrun(SCRIPT, 2, str(config), "--max-steps", "3", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
     assert "step 3: recompute, recompute, recompute, recompute, recompute, recompute" in done.stdout
+    start = json.loads((tmp_path / "gradckpt.jsonl").read_text().splitlines()[0])
+    assert (start["event"], start["ranks"]) == ("start", 2)
     state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
     saved = state["stateful_callbacks"]["GradckptCallback"]["attributes"]["saved"]
     assert saved["blocks"] == [f"model.layers.{index}" for index in range(6)]
