@@ -4,9 +4,9 @@
 
 A Llama of six layers learns the text of launch/train_trainer.py for so many steps. Then all of it is trained on, or
 LoRA adapters of rank 8 alone, for as many as it takes to measure. ``held`` is what autograd holds for backward;
-``error`` the relative error of a batch's gradient against ``keep`` (the root mean square over eight batches), all blocks
+``error`` the relative error of the gradient against ``keep`` (the root mean square over eight batches), all blocks
 having that storage. ``chosen`` is the budget policy's mask at a fifth of the memory between full recompute and keeping
-all, at tolerance 0.05: of storages that are equally good it takes what noise in the times suggests.
+all, at tolerance 0.05; of storages that are equally good, noise in the times decides.
 """
 
 from __future__ import annotations
