@@ -83,12 +83,13 @@ def _check_checkpoints(folder: Path, plain: Run, ours: Run, **options: Any) -> N
 
 def _check_rank(folder: Path, stages: list[int]) -> None:
     join_group()
-    variants = [{"deepspeed": deepspeed_config(stage)} for stage in stages] or [{}]
-    for number, options in enumerate(variants):
-        into = folder / str(number)
+    for stage in stages or [None]:
+        options = {} if stage is None else {"deepspeed": deepspeed_config(stage)}
+        into = folder / str(stage)
         plain, ours = _check_ways_in(into, **options)
         assert plain.wrapper == ("DeepSpeedEngine" if stages else "DistributedDataParallel")
-        _check_checkpoints(into, plain, ours, **options)
+        if stage not in {0, 1}:  # whose checkpoints are of stage 2's kind
+            _check_checkpoints(into, plain, ours, **options)
 
 
 @pytest.fixture
