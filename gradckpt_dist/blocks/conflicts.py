@@ -92,6 +92,11 @@ def _check_around(ancestor: Node, node: Node) -> None:
             raise ConflictError(_offloaded(ancestor.name or "the model"))
         if is_switched(module):
             raise ConflictError(_switched(node.name, ancestor.name))
+        if frameworks.is_replicated(module):
+            raise ConflictError(
+                f"{where} is under nn.DataParallel, which copies block {node.name!r} to other devices in each forward; "
+                "start one process a device (torchrun, accelerate launch), or show it one device (CUDA_VISIBLE_DEVICES)"
+            )
         if module.__dict__.get("grad_checkpointing") is True:
             raise ConflictError(
                 f"{where} ({type(module).__name__}) checkpoints its blocks itself (grad_checkpointing=True, in timm); "

@@ -64,6 +64,11 @@ def is_data_parallel(module: nn.Module) -> bool:
     )
 
 
+def is_replicated(module: nn.Module) -> bool:
+    """Whether this is a ``DataParallel`` that copies its module to several devices in each forward."""
+    return _is_instance(module, "torch.nn", "DataParallel") and len(getattr(module, "device_ids", ())) > 1
+
+
 def own_class(module: nn.Module) -> type[nn.Module]:
     """The module's class as its author wrote it, without the subclass that ``fully_shard`` puts in its place."""
     sharded = _loaded_class(*_FSDP2)

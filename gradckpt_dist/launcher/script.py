@@ -10,25 +10,26 @@ import runpy
 import sys
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from gradckpt_dist.adapters.accelerate_checkpoint import remember_loads
-from gradckpt_dist.api import enable, resolve_config
+from gradckpt_dist.api import ConfigLike, enable, resolve_config
 from gradckpt_dist.blocks.attribute import is_switched
 from gradckpt_dist.config import Config
 from gradckpt_dist.engine import Engine
-from gradckpt_dist.errors import BlocksNotFoundError, ConfigError
+from gradckpt_dist.errors import BlocksNotFoundError, ConfigError, ConflictError, GradckptError
 
 logger = logging.getLogger("gradckpt_dist")
 
 _GLOO_SETTLES_SECONDS = 0.05
+_SCRIPT_ENABLES = "gradckpt: the script enables the plugin itself; its own call counts"
 
 
 def run_script(script: str, arguments: Sequence[str], config_path: str | None, *, is_module: bool = False) -> None:
@@ -48,7 +49,7 @@ def run_script(script: str, arguments: Sequence[str], config_path: str | None, *
     else:
         path = _script_file(script)
         sys.path[0] = str(path.resolve().parent)
-    watch = ModelWatch(config)
+    watch = ModelWatch(config, on_enabled=_tell_trainer)
     sys.argv = [script, *arguments]
     sys.excepthook = _ScriptTraceback(str(path))
     if config.enabled:
@@ -94,11 +95,33 @@ def _show_messages(config: Config) -> None:
     logger.propagate = False
 
 
-class ModelWatch:
-    """Enables the plugin at the first forward of a module that is training, has gradients on and owns blocks."""
+def _tell_trainer(engine: Engine, root: nn.Module) -> None:
+    """If a transformers ``Trainer`` is at work, its trackers and its checkpoints receive what a callback gives them."""
+    if "transformers.trainer" in sys.modules:
+        from gradckpt_dist.launcher.trainer import follow  # noqa: PLC0415
 
-    def __init__(self, config: Config) -> None:
+        follow(engine, root)
+
+
+class ModelWatch:
+    """Enables the plugin at the first forward of a module that is training, has gradients on and owns blocks.
+
+    With ``model``: of one that is it or holds it, which has to own blocks. ``on_enabled`` is called with the engine and
+    that module before its forward begins. One watch is armed at a time, the latest.
+    """
+
+    _armed: ClassVar[ModelWatch | None] = None
+
+    def __init__(
+        self,
+        config: ConfigLike,
+        *,
+        model: nn.Module | None = None,
+        on_enabled: Callable[[Engine, nn.Module], None] | None = None,
+    ) -> None:
         self._config = config
+        self._model = model
+        self._on_enabled = on_enabled
         self._handle: torch.utils.hooks.RemovableHandle | None = None
         self._passed_over: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._reason = "no module ran forward in training mode with gradients on"
@@ -106,12 +129,16 @@ class ModelWatch:
 
     def arm(self) -> None:
         """Watch every module's forward until the model is found; after that nothing is left behind."""
+        if ModelWatch._armed is not None:
+            ModelWatch._armed.disarm()
+            logger.info(_SCRIPT_ENABLES)
+        ModelWatch._armed = self
         self._handle = register_module_forward_pre_hook(self._before_forward)
 
     def report(self) -> None:
         """Say so if the script has ended and no model was found."""
         if self._handle is not None:
-            self._disarm()
+            self.disarm()
             logger.warning("gradckpt: the script ended without a model to act on: %s", self._reason)
 
     # Without this a compiled root compiles the hook itself, and enabling never happens.
@@ -119,24 +146,41 @@ class ModelWatch:
     def _before_forward(self, module: nn.Module, _: Any) -> None:
         if self._handle is None or not (module.training and torch.is_grad_enabled()) or module in self._passed_over:
             return
+        if self._model is not None and not any(part is self._model for part in module.modules()):
+            self._passed_over.add(module)
+            return
         if any(is_switched(child) for child in module.modules()):
-            self._disarm()
-            logger.info("gradckpt: the script enables the plugin itself; its own call counts")
+            self._find_switched(module)
             return
         try:
             self.engine = enable(module, self._config)
-        except BlocksNotFoundError as error:
+        except GradckptError as error:
+            if self._model is not None or not isinstance(error, BlocksNotFoundError):
+                self.disarm()
+                raise
             if not self._passed_over:
                 self._reason = str(error)
             self._passed_over.add(module)
             return
-        self._disarm()
+        self.disarm()
+        if self._on_enabled is not None:
+            self._on_enabled(self.engine, module)
         self.engine.join_forward()
 
-    def _disarm(self) -> None:
+    def _find_switched(self, module: nn.Module) -> None:
+        self.disarm()
+        if self._model is not None:
+            raise ConflictError(
+                f"the plugin is enabled on this {type(module).__name__} already; leave out enable() or the callback"
+            )
+        logger.info(_SCRIPT_ENABLES)
+
+    def disarm(self) -> None:
+        """Watch no longer."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+            ModelWatch._armed = None
 
 
 class _ScriptTraceback:

@@ -99,6 +99,14 @@ def test_models_that_checkpoint_their_blocks_themselves() -> None:
     assert len(find_blocks(model)) == 3
 
 
+def test_data_parallel_over_several_devices() -> None:
+    model = nn.DataParallel(build())
+    assert len(find_blocks(model)) == 3
+    model.device_ids = [0, 1]  # what it finds on a machine with two GPUs
+    with pytest.raises(ConflictError, match=r"is under nn\.DataParallel.*torchrun"):
+        find_blocks(model)
+
+
 def test_blocks_that_cross_blocks_already_switched() -> None:
     model = build()
     switched = Switches(model)

@@ -1,0 +1,117 @@
+"""transformers' ``Trainer``: a callback that enables the plugin, logs its figures and saves its state."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import nn
+from transformers.trainer_callback import CallbackHandler, ExportableState, TrainerCallback, TrainerState
+from transformers.training_args import TrainingArguments
+
+from gradckpt_dist.api import ConfigLike, resolve_config
+from gradckpt_dist.engine import Engine
+from gradckpt_dist.errors import MaskError
+from gradckpt_dist.launcher.figures import figures_of
+from gradckpt_dist.launcher.script import ModelWatch
+
+logger = logging.getLogger("gradckpt_dist")
+
+
+class GradckptCallback(TrainerCallback, ExportableState):
+    """Enables the plugin on the model that a ``Trainer`` trains, wrapped as it is, until training ends.
+
+    ``config`` is what ``gradckpt_dist.enable`` takes. The plugin's figures join the training logs under ``gradckpt/``,
+    for all trackers and for ``state.log_history``. Its state is the Trainer's callback state, in the checkpoint's
+    ``trainer_state.json``; resuming takes it up. The first training step raises what ``gradckpt_dist.enable`` does.
+
+    Raises:
+        ConfigError: ``config`` cannot be used.
+    """
+
+    def __init__(self, config: ConfigLike = None) -> None:
+        self._config = None if config is None else resolve_config(config)
+        self._watch: ModelWatch | None = None
+        self.engine: Engine | None = None
+        """From the first training forward on; disabled when training has ended."""
+        self.saved: dict[str, Any] | None = None
+        """The engine's state in the checkpoint that training resumes from, until it is taken up."""
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer saves with a checkpoint: the same on all ranks, in plain values."""
+        config = None if self._config is None else self._config.to_dict()
+        saved = self.saved if self.engine is None else self.engine.state_dict()
+        return {"args": {"config": config}, "attributes": {"saved": saved}}
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Wait for the first training forward: only then does the wrapped model show itself."""
+        self._stop()
+        if args.activation_checkpointing:
+            logger.info("gradckpt: activation_checkpointing of transformers is taken over; the mask decides")
+        model = kwargs["model"]
+        self._watch = ModelWatch(self._config, model=model, on_enabled=self._enabled)
+        self._watch.arm()
+        _join(self, model)
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
+        """Add the figures to the logs of training; those of evaluation and of the end stay as they are."""
+        if self.engine is not None and self.engine.enabled and "loss" in logs:
+            figures = figures_of(self.engine)
+            logs |= figures
+            state.log_history[-1] |= figures
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Resume, where the engine was enabled before this callback was there."""
+        self._resume()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Leave the model as it was."""
+        self._stop()
+
+    def join(self, handler: CallbackHandler, state: TrainerState) -> None:
+        """Take the place before the trackers, which stand before the user's callbacks in the Trainer's list."""
+        handler.callbacks = [self, *(callback for callback in handler.callbacks if callback is not self)]
+        # A checkpoint that was saved without this callback has no entry for it; saving the next one would need it.
+        entries: Any = state.stateful_callbacks
+        entry = entries.setdefault(type(self).__name__, self.state())
+        self.saved = entry["attributes"]["saved"] if state.global_step else None
+
+    def _enabled(self, engine: Engine, _: nn.Module) -> None:
+        self.engine = engine
+        self._resume()
+
+    def _resume(self) -> None:
+        saved, self.saved = self.saved, None
+        if saved is None or self.engine is None or not self.engine.enabled:
+            return
+        try:
+            self.engine.load_state_dict(saved)
+        except MaskError as error:
+            logger.warning("gradckpt: the state in the checkpoint is left out, and costs are measured anew: %s", error)
+
+    def _stop(self) -> None:
+        if self._watch is not None:
+            self._watch.disarm()
+        if self.engine is not None:
+            self.engine.disable()
+
+
+def follow(engine: Engine, root: nn.Module) -> None:
+    """Add the callback to the Trainer that trains ``root`` or a module in it, at that Trainer's next event."""
+    callback = GradckptCallback(engine.config)
+    callback.engine = engine
+    _join(callback, root)
+
+
+def _join(callback: GradckptCallback, root: nn.Module) -> None:
+    """A Trainer gives its callbacks no way to itself: its list of them is seen at its next event, and only then."""
+    handlers: Any = CallbackHandler
+    plain = handlers.call_event
+
+    def call_event(handler: Any, event: str, args: Any, state: Any, *others: Any, **kwargs: Any) -> Any:
+        if any(part is handler.model for part in root.modules()):
+            handlers.call_event = plain
+            callback.join(handler, state)
+        return plain(handler, event, args, state, *others, **kwargs)
+
+    handlers.call_event = call_event
