@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -23,6 +23,9 @@ SECTION = "gradckpt"
 EXACT_STORAGES = ("keep", "recompute", "selective", "selective_half")
 """The exact storages that a mask may use unless ``storages`` says otherwise; ``offload`` has to be asked for."""
 LOSSY_STORAGES = ("compress8", "compress4", "selective8", "selective4")
+
+Complete = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+"""Adds to the keys that a user gave the defaults of the framework in use."""
 
 _T = TypeVar("_T")
 
@@ -162,7 +165,7 @@ class Config(_Checked):
             )
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+    def from_dict(cls, data: Mapping[str, Any], complete: Complete = dict) -> Self:
         """A configuration from the keys of the ``gradckpt`` section.
 
         Raises:
@@ -170,10 +173,10 @@ class Config(_Checked):
         """
         if not isinstance(data, Mapping):
             raise ConfigError(f"the configuration is a {type(data).__name__}; give a section with keys and values")
-        return _build(cls, data, "")
+        return _build(cls, complete(data), "")
 
     @classmethod
-    def from_file(cls, path: str | Path) -> Self:
+    def from_file(cls, path: str | Path, complete: Complete = dict) -> Self:
         """A configuration from the ``gradckpt`` section of a YAML or JSON file.
 
         Raises:
@@ -183,10 +186,15 @@ class Config(_Checked):
         document = _parse(path)
         if not isinstance(document, Mapping) or SECTION not in document:
             raise ConfigError(f"{path}: there is no top-level section {SECTION!r}; add one with the plugin's keys")
+        return cls.from_section(document[SECTION], str(path), complete)
+
+    @classmethod
+    def from_section(cls, section: Any, where: str, complete: Complete = dict) -> Self:
+        """As ``from_dict``; None is an empty section, and errors name ``where`` it was found."""
         try:
-            return cls.from_dict({} if document[SECTION] is None else document[SECTION])
+            return cls.from_dict({} if section is None else section, complete)
         except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from None
+            raise ConfigError(f"{where}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, such that ``Config.from_dict(config.to_dict()) == config`` and JSON can hold them."""

@@ -7,8 +7,9 @@ import sys
 from torch import nn
 
 from gradckpt_dist.adapters.base import Adapter
+from gradckpt_dist.adapters.deepspeed import DeepSpeedAdapter
 
-ADAPTERS: tuple[Adapter, ...] = ()
+ADAPTERS: tuple[Adapter, ...] = (DeepSpeedAdapter(),)
 """In the order in which they are asked."""
 
 

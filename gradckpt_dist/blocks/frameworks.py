@@ -64,6 +64,11 @@ def is_data_parallel(module: nn.Module) -> bool:
     )
 
 
+def is_deepspeed_pipeline(module: nn.Module) -> bool:
+    """Whether this is DeepSpeed's ``PipelineModule``."""
+    return _is_instance(module, "deepspeed.runtime.pipe.module", "PipelineModule")
+
+
 def own_class(module: nn.Module) -> type[nn.Module]:
     """The module's class as its author wrote it, without the subclass that ``fully_shard`` puts in its place."""
     sharded = _loaded_class(*_FSDP2)

@@ -37,15 +37,16 @@ def run_script(script: str, arguments: Sequence[str], config_path: str | None) -
         ConfigError: the script or the configuration file is not there, or the configuration cannot be used.
     """
     config = resolve_config(config_path)
-    _show_messages(config)
+    _show_messages()
+    logger.setLevel(config.log_level.upper())
     path = Path(script).absolute()
     if not path.is_file():
         raise ConfigError(f"{script}: there is no such script; give the path of a Python file, then its arguments")
-    watch = ModelWatch(config)
+    watch = ModelWatch(config if config_path is not None else None)
     sys.argv = [script, *arguments]
     sys.path[0] = str(path.resolve().parent)
     sys.excepthook = _ScriptTraceback(str(path))
-    if config.enabled:
+    if config.enabled or config_path is None:
         watch.arm()
     runpy.run_path(str(path), run_name="__main__")
     watch.report()
@@ -56,19 +57,21 @@ def run_script(script: str, arguments: Sequence[str], config_path: str | None) -
     gc.collect()
 
 
-def _show_messages(config: Config) -> None:
+def _show_messages() -> None:
     """Print this package's own log lines to stderr; the script's logging is left alone."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(handler)
-    logger.setLevel(config.log_level.upper())
     logger.propagate = False
 
 
 class ModelWatch:
-    """Enables the plugin at the first forward of a module that is training, has gradients on and owns blocks."""
+    """Enables the plugin at the first forward of a module that is training, has gradients on and owns blocks.
 
-    def __init__(self, config: Config) -> None:
+    Without a ``config``, the section in the framework's own configuration counts, or else ``GRADCKPT_CONFIG``.
+    """
+
+    def __init__(self, config: Config | None) -> None:
         self._config = config
         self._handle: torch.utils.hooks.RemovableHandle | None = None
         self._passed_over: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -102,6 +105,7 @@ class ModelWatch:
             self._passed_over.add(module)
             return
         self._disarm()
+        logger.setLevel(self.engine.config.log_level.upper())
         self.engine.join_forward()
 
     def _disarm(self) -> None:
