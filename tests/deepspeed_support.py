@@ -15,8 +15,11 @@ SETTINGS = {"policy": "threshold", "memory_budget": 0.5, "interval": 4, "warmup_
 
 
 def use_cpu() -> None:
-    """What DeepSpeed reads from the environment of a rank."""
+    """Let DeepSpeed use this rank's process group, and no accelerator."""
     os.environ |= {"LOCAL_RANK": str(dist.get_rank()), "DS_ACCELERATOR": "cpu"}
+    import deepspeed
+
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
 
 
 def build() -> GPT:
@@ -36,14 +39,14 @@ def document(stage: int, **sections: Any) -> dict[str, Any]:
     }
 
 
-def start(config: dict[str, Any] | Path, model: torch.nn.Module | None = None) -> Any:
+def start(config: dict[str, Any] | Path, model: torch.nn.Module | None = None, mpu: Any = None) -> Any:
     """An engine of DeepSpeed's, on every rank."""
     import deepspeed
 
     model = build() if model is None else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     given = str(config) if isinstance(config, Path) else config
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=given, dist_init_required=False)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=given, mpu=mpu, dist_init_required=False)
     torch.manual_seed(dist.get_rank())
     return engine
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +15,6 @@ from frameworks import assert_bitwise
 from support import run_distributed_test
 
 import gradckpt_dist
-from gradckpt_dist.errors import ConfigError
 
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 
