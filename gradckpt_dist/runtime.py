@@ -18,6 +18,9 @@ class Watch(Protocol):
     def reruns(self, index: int) -> bool:
         """Whether it will run the block's coming call again by itself."""
 
+    def spoil(self) -> None:
+        """The step's gradients were thrown away: it teaches nothing."""
+
     def __call__(self, index: int, storage: Storage, forward: Forward, args: Any, kwargs: Any) -> Any:
         """Call ``storage.run(forward, *args, **kwargs)``, look at the result and return it."""
 

@@ -13,6 +13,7 @@ from gradckpt_dist.adapters import deepspeed_pipeline as pipeline
 from gradckpt_dist.adapters.base import Adapter
 from gradckpt_dist.adapters.deepspeed_activations import ActivationSettings
 from gradckpt_dist.adapters.deepspeed_calls import CallSites
+from gradckpt_dist.adapters.deepspeed_overflow import learn_nothing_from_skipped_steps
 from gradckpt_dist.adapters.deepspeed_parts import part
 from gradckpt_dist.adapters.deepspeed_random import replay_random_states
 from gradckpt_dist.adapters.deepspeed_sites import call_site_blocks
@@ -86,7 +87,7 @@ class DeepSpeedAdapter(Adapter):
             undo.append(pipeline.take_over_checkpointing(module))
         if trainer is not None:
             ActivationSettings.of(trainer).apply(engine)
-            undo.append(save_with_checkpoints(engine, trainer))
+            undo += [save_with_checkpoints(engine, trainer), learn_nothing_from_skipped_steps(engine, trainer)]
 
         def undo_all() -> None:
             for call in reversed(undo):
