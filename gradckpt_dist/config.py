@@ -51,6 +51,13 @@ class _Checked:
         return name
 
 
+def _theta(value: Any) -> float | str:
+    if value is None:
+        return "auto"
+    checked: float | str = check.either(check.number(float("-inf")), check.one_of("auto"))(value)
+    return checked
+
+
 @dataclass(frozen=True, kw_only=True)
 class ThresholdConfig(_Checked):
     """Where the ``threshold`` policy puts theta, and what the blocks below it do.
@@ -59,7 +66,7 @@ class ThresholdConfig(_Checked):
     ``value``; ``auto`` moves theta until the memory budget holds.
     """
 
-    value: float | str = _field("auto", check.either(check.number(float("-inf")), check.one_of("auto")))
+    value: float | str = _field("auto", _theta)
     quantile: float | None = _field(None, check.optional(check.number(0, 1)))
     low_impact_storage: str = _field("keep", check.one_of(*(name for name in STORAGE_NAMES if name != "recompute")))
 
@@ -186,15 +193,10 @@ class Config(_Checked):
         document = _parse(path)
         if not isinstance(document, Mapping) or SECTION not in document:
             raise ConfigError(f"{path}: there is no top-level section {SECTION!r}; add one with the plugin's keys")
-        return cls.from_section(document[SECTION], str(path), complete)
-
-    @classmethod
-    def from_section(cls, section: Any, where: str, complete: Complete = dict) -> Self:
-        """As ``from_dict``; None is an empty section, and errors name ``where`` it was found."""
         try:
-            return cls.from_dict({} if section is None else section, complete)
+            return cls.from_dict({} if document[SECTION] is None else document[SECTION], complete)
         except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from None
+            raise ConfigError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, such that ``Config.from_dict(config.to_dict()) == config`` and JSON can hold them."""

@@ -316,7 +316,7 @@ class Engine:
     def _begin_plan(self) -> None:
         sums, maxima = self._agreement.collect()
         self._knowledge.update(sums, maxima, self._mask)
-        evidence = self._knowledge.evidence(self._mask)
+        evidence = self._knowledge.evidence(self._mask, self._gate.change_seconds)
         if self._policy.name == BudgetPolicy.name and not self._feasible and evidence.costs and evidence.limits:
             # The evidence is equal on all ranks, and so is this error.
             require_feasible(evidence.costs, evidence.limits)

@@ -30,15 +30,17 @@ class Gate:
 
     ``forwards`` counts those of the root; ``depth`` is above 0 while a block is in one. ``replayed``, where a framework
     has random states of its own, makes of a block's forward one that draws the same numbers each time it is run.
+    ``change_seconds`` is what a change of mask costs by itself, whatever blocks it is of, as far as that is known.
     """
 
-    __slots__ = ("context", "depth", "forwards", "open", "replayed", "watch")
+    __slots__ = ("change_seconds", "context", "depth", "forwards", "open", "replayed", "watch")
 
     def __init__(self, seed: int = 0) -> None:
         self.context = StorageContext(noise=NoiseSource(seed))
         self.open = False
         self.depth = 0
         self.forwards = 0
+        self.change_seconds = 0.0
         self.replayed: Callable[[Forward], Forward] | None = None
         self.watch: Watch | None = None
 

@@ -59,7 +59,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--save", metavar="FOLDER", help="for DeepSpeed's checkpoint at the end")
     parser.add_argument("--load", metavar="FOLDER", help="go on from a checkpoint")
     parser.add_argument("--local_rank", type=int, help="given by DeepSpeed's launcher")
-    return deepspeed.add_config_arguments(parser).parse_args()
+    deepspeed.add_config_arguments(parser)
+    return parser.parse_args()
 
 
 def main() -> None:

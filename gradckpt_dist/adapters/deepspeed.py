@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,15 +12,16 @@ from gradckpt_dist.adapters import deepspeed_pipeline as pipeline
 from gradckpt_dist.adapters.base import Adapter
 from gradckpt_dist.adapters.deepspeed_activations import ActivationSettings
 from gradckpt_dist.adapters.deepspeed_calls import CallSites
-from gradckpt_dist.adapters.deepspeed_overflow import learn_nothing_from_skipped_steps
 from gradckpt_dist.adapters.deepspeed_parts import part
 from gradckpt_dist.adapters.deepspeed_random import replay_random_states
 from gradckpt_dist.adapters.deepspeed_sites import call_site_blocks
+from gradckpt_dist.adapters.deepspeed_source import where_found
 from gradckpt_dist.adapters.deepspeed_state import save_with_checkpoints
+from gradckpt_dist.adapters.deepspeed_steps import watch_steps
 from gradckpt_dist.blocks import Block, find_blocks
 from gradckpt_dist.config import SECTION, Config
 from gradckpt_dist.engine import Engine
-from gradckpt_dist.errors import BlocksNotFoundError
+from gradckpt_dist.errors import BlocksNotFoundError, ConfigError
 from gradckpt_dist.policy import StaticPolicy
 
 ZERO3_DEFAULTS = {"interval": 200, "hysteresis": 0.1}
@@ -41,10 +41,11 @@ class DeepSpeedAdapter(Adapter):
         engine = _engine_of(model)
         if engine is None or SECTION not in (document := engine._config._param_dict):
             return None
-        given = engine.config
-        is_file = isinstance(given, str | os.PathLike) and os.path.exists(given)
-        where = str(given) if is_file else f"section {SECTION!r} of the DeepSpeed configuration"
-        return Config.from_section(document[SECTION], where, lambda keys: self.completed(model, keys))
+        try:
+            section = {} if document[SECTION] is None else document[SECTION]
+            return Config.from_dict(section, lambda keys: self.completed(model, keys))
+        except ConfigError as error:
+            raise ConfigError(f"{where_found(document[SECTION])}: {error}") from None
 
     def completed(self, model: nn.Module, keys: Mapping[str, Any]) -> Mapping[str, Any]:
         engine = _engine_of(model)
@@ -87,7 +88,7 @@ class DeepSpeedAdapter(Adapter):
             undo.append(pipeline.take_over_checkpointing(module))
         if trainer is not None:
             ActivationSettings.of(trainer).apply(engine)
-            undo += [save_with_checkpoints(engine, trainer), learn_nothing_from_skipped_steps(engine, trainer)]
+            undo += [save_with_checkpoints(engine, trainer), watch_steps(engine, trainer)]
 
         def undo_all() -> None:
             for call in reversed(undo):
