@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from gradckpt_dist.config import SECTION
 
@@ -35,7 +34,8 @@ def _section_of(path: Path) -> tuple[Any, ...]:
     try:
         if not path.is_file() or path.stat().st_size > _MOST_BYTES:
             return ()
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON, Accelerate's YAML
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        text = path.read_text(encoding="utf-8")
+        document = json.loads(text) if SECTION in text else None
+    except (OSError, ValueError, RecursionError):
         return ()
     return (document[SECTION],) if isinstance(document, dict) and SECTION in document else ()

@@ -99,7 +99,7 @@ class _Moved:
         if self._group is None:
             return part.view(self._shape)
         whole = part.new_empty(part.numel() * self._ranks)
-        dist.all_gather_into_tensor(whole, part, group=self._group)
+        dist.all_gather_single(whole, part, group=self._group)
         return whole.view(self._shape)
 
 

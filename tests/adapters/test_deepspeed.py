@@ -119,12 +119,16 @@ def _check_gathers() -> None:
     trainer.destroy()
 
 
-def _check_overflow() -> None:
+def _check_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps that the loss scaler skips teach nothing, and training is bitwise as without us."""
-    scaled = {"fp16": {"enabled": True, "initial_scale_power": 24, "hysteresis": 1, "loss_scale_window": 100}}
+    from deepspeed.accelerator import get_accelerator
+
+    # Of a CPU without fast instructions for it, DeepSpeed says that it does not support fp16; PyTorch does.
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+    scaled = {"fp16": {"enabled": True, "initial_scale_power": 18, "hysteresis": 1, "loss_scale_window": 100}}
     plain = start(document(2, **scaled))
     reference = train(plain, 16)
-    assert 2 < plain.skipped_steps < 14
+    assert 2 <= plain.skipped_steps <= 9
     plain.destroy()
     trainer = start(document(2, gradckpt=SETTINGS, **scaled))
     engine = gradckpt_dist.enable(trainer)
@@ -186,8 +190,8 @@ def _check_stages(*stages: int) -> None:
 def _check_rest() -> None:
     use_cpu()
     _check_gathers()
-    _check_overflow()
     with pytest.MonkeyPatch.context() as monkeypatch:
+        _check_overflow(monkeypatch)
         _check_configuration(monkeypatch)
 
 

@@ -78,7 +78,7 @@ def test_wrong_key_is_one_line_that_names_the_file(tmp_path: Path) -> None:
     assert done.returncode
     said = f"gradckpt: ConfigError: {config}: unknown key 'memory_bugdet'; did you mean 'memory_budget'?"
     assert said in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr.replace("Traceback : to enable traceback", "")
+    assert SCRIPT not in done.stderr  # no traceback but torchrun's own
 
 
 @pytest.mark.slow
@@ -90,9 +90,9 @@ def test_ready_files_under_deepspeeds_launcher(tmp_path: Path) -> None:
         launch = [*DEEPSPEED, f"--master_port={free_port()}"]
         command = ["--module", *RUN, SCRIPT, *SIZES, "--deepspeed_config", str(config)]
         ours = _run(*launch, *command)
-        _check = _losses(ours)
+        losses = _losses(ours)
         plain = _run(*launch, SCRIPT, *SIZES, "--deepspeed_config", str(config))
-        assert _check == _losses(plain)
+        assert losses == _losses(plain)
         _check_decisions(folder)
         start = json.loads((folder / "log" / "gradckpt.jsonl").read_text().splitlines()[0])
         expected = (200, 0.1) if name == "deepspeed_zero3.json" else (50, 0.05)
