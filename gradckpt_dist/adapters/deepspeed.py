@@ -54,7 +54,8 @@ class DeepSpeedAdapter(Adapter):
         if engine.zero_optimization_partition_weights():
             keys = {**ZERO3_DEFAULTS, **keys}
         if ActivationSettings.of(engine).cpu_checkpointing and keys.get("storages") is None:
-            keys = {**keys, "storages": [*Config.from_dict(keys).storages, "offload"]}
+            usual = Config.from_dict({key: keys[key] for key in keys if key == "gradient_tolerance"})
+            keys = {**keys, "storages": [*usual.storages, "offload"]}
         return keys
 
     def blocks(self, model: nn.Module, config: Config, patterns: Sequence[str]) -> tuple[Block, ...]:

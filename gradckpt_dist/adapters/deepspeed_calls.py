@@ -57,7 +57,7 @@ class CallSites:
             outputs = run(function, args)
             all_outputs += [outputs] if isinstance(outputs, torch.Tensor) else outputs
             return
-        with self._looking_for_blocks():
+        with self._left_to_deepspeed():
             self._own.apply(function, all_outputs, *args)
 
     def _non_reentrant(self, function: Run, *args: Any) -> Any:
@@ -65,7 +65,7 @@ class CallSites:
         if run is not None:
             outputs = run(function, args)
             return outputs if isinstance(outputs, torch.Tensor) or len(outputs) > 1 else outputs[0]
-        with self._looking_for_blocks():
+        with self._left_to_deepspeed():
             return self._own_non_reentrant(function, *args)
 
     def _next(self) -> Callable[[Run, tuple[Any, ...]], Any] | None:
@@ -95,20 +95,25 @@ class CallSites:
         return None if site is None else site.run
 
     @contextmanager
-    def _looking_for_blocks(self) -> Iterator[None]:
-        """The first time that a call is DeepSpeed's, see whether blocks run in it."""
-        call, engine = self._calls, self._engine()
-        if call in self._holds_blocks or engine is None or not engine.gate.open or not torch.is_grad_enabled():
+    def _left_to_deepspeed(self) -> Iterator[None]:
+        """Have blocks run plainly, as in DeepSpeed's second run of the call; see, the first time, whether any do."""
+        engine = self._engine()
+        if engine is None or not engine.gate.open:
             yield
             return
-        found: list[bool] = []
-        handles = [block.register_forward_pre_hook(lambda *_: found.append(True)) for block in self._blocks]
+        gate, call, found = engine.gate, self._calls, []
+        known = call in self._holds_blocks or not torch.is_grad_enabled()
+        looked_at = () if known else self._blocks
+        handles = [block.register_forward_pre_hook(lambda *_: found.append(True)) for block in looked_at]
+        gate.open = False
         try:
             yield
         finally:
+            gate.open = True
             for handle in handles:
                 handle.remove()
-            self._holds_blocks[call] = bool(found)
+            if not known:
+                self._holds_blocks[call] = bool(found)
 
 
 def _plain(function: Run, args: tuple[Any, ...]) -> Any:
