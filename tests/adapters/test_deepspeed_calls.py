@@ -186,6 +186,22 @@ def _check_section(messages: list[str]) -> None:
         assert said.count(f"activation_checkpointing.{name} is not carried out: ") == (dist.get_rank() == 0)
 
 
+def _check_configured_by_the_script() -> None:
+    """What the script gives to ``deepspeed.checkpointing.configure`` counts like the section."""
+    from deepspeed.runtime.activation_checkpointing import checkpointing
+
+    trainer = start(document(0, gradckpt={}))
+    checkpointing.configure(None, num_checkpoints=1, checkpoint_in_cpu=True)
+    engine = gradckpt_dist.enable(trainer)
+    assert engine.mask.storages == ("recompute", "keep", "keep", "keep")
+    assert "offload" in engine.config.storages
+    engine.disable()
+    engine = gradckpt_dist.enable(trainer, {"policy": "static", "every_n": 2, "storages": ["keep", "recompute"]})
+    assert engine.mask.storages == ("recompute", "keep", "recompute", "keep")
+    engine.disable()
+    trainer.destroy()
+
+
 def _check_refusals() -> None:
     trainer = start(document(0, gradckpt={}), _build("functional"))
     with pytest.raises(BlocksNotFoundError, match="number_checkpoints"):
@@ -219,7 +235,8 @@ def _check() -> None:
     calls = tuple(f"checkpoint.{i}" for i in range(4))
     _check_model("functional", 2, calls, activation_checkpointing={"number_checkpoints": 4})
     _check_refusals()
-    _check_section(handler.texts)
+    _check_configured_by_the_script()
+    _check_section(handler.texts)  # last, as DeepSpeed remembers an mpu for good
 
 
 def test_calls_are_under_the_mask_and_no_key_is_ignored() -> None:

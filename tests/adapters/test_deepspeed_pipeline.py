@@ -90,7 +90,8 @@ def _check(stages: int, interval: int, *, zero: int = 0, watched: bool = False) 
     engine = watch.engine if watched else gradckpt_dist.enable(trainer)
     assert engine is not None
     assert engine.config.interval == 4
-    first, last = (1, 6) if stages == 1 else ((1, 3), (4, 6))[dist.get_rank()]
+    stage = trainer.stage_id
+    first, last = (1, 6) if stages == 1 else ((1, 3), (4, 6))[stage]
     assert engine.mask.blocks == tuple(str(i) for i in range(first, last + 1))
     assert set(trainer.module.state_dict()) == keys
     while len(losses) < STEPS:
@@ -101,8 +102,9 @@ def _check(stages: int, interval: int, *, zero: int = 0, watched: bool = False) 
     # Each block is recomputed by our storages alone, once in each micro-batch at most.
     assert 0 < max(engine.stats()["recomputes"]) <= 2 * STEPS
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (masks, engine.mask.digest))
-    assert stages > 1 or everyone[0] == everyone[1]
+    dist.all_gather_object(everyone, (stage, masks, engine.mask.digest))
+    of_stages = {one: [other for other in everyone if other[0] == one] for one in range(stages)}
+    assert all(others == others[:1] * (len(everyone) // stages) for others in of_stages.values())
 
     state = engine.state_dict()
     names = [tempfile.mkdtemp()]
@@ -134,6 +136,16 @@ def _check_others() -> None:
 
 def test_mask_of_each_stage_takes_over_the_pipelines_checkpointing() -> None:
     run_distributed_test(_check_two_stages, 2, timeout_seconds=250)
+
+
+def _check_four_ranks() -> None:
+    use_cpu()
+    _check(2, 1)
+
+
+@pytest.mark.slow
+def test_two_stages_of_two_ranks_each() -> None:
+    run_distributed_test(_check_four_ranks, 4, timeout_seconds=290)
 
 
 @pytest.mark.slow

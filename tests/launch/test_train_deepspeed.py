@@ -72,6 +72,7 @@ def test_section_of_the_file_is_enough_under_torchrun(tmp_path: Path) -> None:
     assert {"keep", "recompute"} <= set(masks.pop())
 
 
+@pytest.mark.slow
 def test_wrong_key_is_one_line_that_names_the_file(tmp_path: Path) -> None:
     config = _config(tmp_path, "deepspeed_zero2.json", memory_bugdet="1GiB")
     done = _torchrun(config, "-m", *RUN)
