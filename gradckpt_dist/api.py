@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 
 from gradckpt_dist.adapters import Adapter, adapter_of
 from gradckpt_dist.agreement import create_agreement
-from gradckpt_dist.blocks import Block, find_blocks
-from gradckpt_dist.config import Config
+from gradckpt_dist.blocks import Block
+from gradckpt_dist.config import Complete, Config
 from gradckpt_dist.cost.kind import kinds_of
 from gradckpt_dist.engine import Engine
 from gradckpt_dist.errors import BlocksNotFoundError, ConfigError, GradckptError
@@ -57,61 +57,65 @@ def enable(
     adapter = adapter_of(model)
     try:
         settings = _settings(config, adapter, model)
-        found = _blocks(model, settings, blocks)
+        found = _blocks(model, settings, blocks, adapter)
     except GradckptError as raised:
         error = raised
     device = _device(model)
     group = process_group if process_group is not None else adapter.domain(model)
     agreement = create_agreement(group, device, settings.agreement_timeout_s)
     try:
-        agreement.compare(_facts(settings, found, error))
+        start = None if error is not None else adapter.start(model, settings, len(found))
+        agreement.compare(_facts(settings, found, start, error))
     finally:
         if error is not None:
             raise error
-    engine = Engine(found, settings, agreement, device)
+    engine = Engine(found, settings, agreement, device, start)
     if settings.enabled:
-        engine.install(model, optimizer)
+        engine.install(adapter.root(model), optimizer)
         engine.on_disable(adapter.attach(engine, model))
     return engine
 
 
 def _settings(config: ConfigLike, adapter: Adapter, model: nn.Module) -> Config:
-    given = None if config is not None else adapter.config(model)
-    return resolve_config(config if given is None else given)
+    if config is None:
+        config = adapter.config(model)
+    return resolve_config(config, lambda keys: adapter.completed(model, keys))
 
 
-def resolve_config(config: ConfigLike) -> Config:
-    """The configuration that ``enable`` would use.
+def resolve_config(config: ConfigLike, complete: Complete = dict) -> Config:
+    """The configuration that ``enable`` would use; ``complete`` adds defaults to the keys that were given.
 
     Raises:
         ConfigError: it cannot be used.
     """
-    settings = _read(config)
+    settings = _read(config, complete)
     missing = [name for name in settings.storages if name not in STORAGES]
     if missing:
         raise ConfigError(f"storages: {', '.join(missing)} not in this version; it has {', '.join(STORAGES)}")
     return settings
 
 
-def _read(config: ConfigLike) -> Config:
+def _read(config: ConfigLike, complete: Complete) -> Config:
     if isinstance(config, Config):
         return config
     if isinstance(config, Mapping):
-        return Config.from_dict(config)
+        return Config.from_dict(config, complete)
     path = config if config is not None else os.environ.get(CONFIG_VARIABLE)
-    return Config() if not path else Config.from_file(path)
+    return Config.from_file(path, complete) if path else Config.from_dict({}, complete)
 
 
-def _blocks(model: nn.Module, config: Config, given: Sequence[str] | None) -> tuple[Block, ...]:
+def _blocks(model: nn.Module, config: Config, given: Sequence[str] | None, adapter: Adapter) -> tuple[Block, ...]:
     if not config.enabled:
         return ()
     patterns = config.blocks if given is None else tuple(given)
     if given is not None and not patterns:
         raise BlocksNotFoundError("blocks=[] names no block; give names or globs, or leave it out to have them found")
-    return find_blocks(model, patterns)
+    return adapter.blocks(model, config, patterns)
 
 
-def _facts(config: Config, blocks: Sequence[Block], error: GradckptError | None) -> dict[str, Any]:
+def _facts(
+    config: Config, blocks: Sequence[Block], start: tuple[str, ...] | None, error: GradckptError | None
+) -> dict[str, Any]:
     """What must be equal on all ranks, in the order in which a difference is reported."""
     shared = {f"config.{key}": value for key, value in config.to_dict().items() if key not in _OWN_TO_A_RANK}
     return {
@@ -120,6 +124,7 @@ def _facts(config: Config, blocks: Sequence[Block], error: GradckptError | None)
         **shared,
         "blocks": [block.name for block in blocks],
         "kinds": list(kinds_of([block.module for block in blocks])),
+        "start": None if start is None else list(start),
     }
 
 

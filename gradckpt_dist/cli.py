@@ -30,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gradckpt", description="Gradient-aware activation checkpointing.")
     parser.add_argument("--version", action="version", version=f"gradckpt {__version__}")
+    # DeepSpeed's launcher puts it before `run`; it is for the script.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     run = commands.add_parser(
         "run",
@@ -48,4 +50,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(parsed: argparse.Namespace) -> None:
-    run_script(parsed.script, parsed.arguments, parsed.config, is_module=parsed.module)
+    from_launcher = [] if parsed.local_rank is None else [f"--local_rank={parsed.local_rank}"]
+    run_script(parsed.script, [*from_launcher, *parsed.arguments], parsed.config, is_module=parsed.module)

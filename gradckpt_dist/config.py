@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -23,6 +23,9 @@ SECTION = "gradckpt"
 EXACT_STORAGES = ("keep", "recompute", "selective", "selective_half")
 """The exact storages that a mask may use unless ``storages`` says otherwise; ``offload`` has to be asked for."""
 LOSSY_STORAGES = ("compress8", "compress4", "selective8", "selective4")
+
+Complete = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+"""Adds to the keys that a user gave the defaults of the framework in use."""
 
 _T = TypeVar("_T")
 
@@ -48,6 +51,13 @@ class _Checked:
         return name
 
 
+def _theta(value: Any) -> float | str:
+    if value is None:
+        return "auto"
+    checked: float | str = check.either(check.number(float("-inf")), check.one_of("auto"))(value)
+    return checked
+
+
 @dataclass(frozen=True, kw_only=True)
 class ThresholdConfig(_Checked):
     """Where the ``threshold`` policy puts theta, and what the blocks below it do.
@@ -56,7 +66,7 @@ class ThresholdConfig(_Checked):
     ``value``; ``auto`` moves theta until the memory budget holds.
     """
 
-    value: float | str = _field("auto", check.either(check.number(float("-inf")), check.one_of("auto")))
+    value: float | str = _field("auto", _theta)
     quantile: float | None = _field(None, check.optional(check.number(0, 1)))
     low_impact_storage: str = _field("keep", check.one_of(*(name for name in STORAGE_NAMES if name != "recompute")))
 
@@ -162,7 +172,7 @@ class Config(_Checked):
             )
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+    def from_dict(cls, data: Mapping[str, Any], complete: Complete = dict) -> Self:
         """A configuration from the keys of the ``gradckpt`` section.
 
         Raises:
@@ -170,10 +180,10 @@ class Config(_Checked):
         """
         if not isinstance(data, Mapping):
             raise ConfigError(f"the configuration is a {type(data).__name__}; give a section with keys and values")
-        return _build(cls, data, "")
+        return _build(cls, complete(data), "")
 
     @classmethod
-    def from_file(cls, path: str | Path) -> Self:
+    def from_file(cls, path: str | Path, complete: Complete = dict) -> Self:
         """A configuration from the ``gradckpt`` section of a YAML or JSON file, as ``section_owners`` finds it.
 
         Raises:
@@ -187,7 +197,7 @@ class Config(_Checked):
             raise ConfigError(f"{path}: {SECTION!r} is there twice, at the top and in fsdp_config; leave one of them")
         section = owners[0][SECTION]
         try:
-            return cls.from_dict({} if section is None else section)
+            return cls.from_dict({} if section is None else section, complete)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
 

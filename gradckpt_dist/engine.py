@@ -59,7 +59,9 @@ class Engine:
         config: Config,
         agreement: Agreement,
         device: torch.device,
+        start: Sequence[str] | None = None,
     ) -> None:
+        """``start`` is the first mask's storages; without it they are the policy's."""
         self.config = config
         self._agreement = agreement
         self._policy = create_policy(config)
@@ -84,7 +86,7 @@ class Engine:
         names = tuple(block.name for block in blocks)
         self._boundary: StepBoundary | None = None
         self._on_disable: list[Callable[[], None]] = []
-        self._apply(Mask(blocks=names, storages=self._policy.initial(len(names))))
+        self._apply(Mask(blocks=names, storages=tuple(start or self._policy.initial(len(names)))))
 
     def install(self, root: nn.Module, optimizer: Optimizer | None) -> None:
         """Switch the blocks and listen for steps.
@@ -125,6 +127,16 @@ class Engine:
     @property
     def enabled(self) -> bool:
         return self._boundary is not None
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """What the mask is about, in its order."""
+        return tuple(switch.block for switch in self._switches)
+
+    @property
+    def gate(self) -> Gate:
+        """What the blocks share, for adapters: is a training forward under way, is a block, and how they store."""
+        return self._gate
 
     def stats(self) -> dict[str, Any]:
         """What was last agreed, and what this rank has counted. Bytes are the most over ranks.
@@ -271,6 +283,7 @@ class Engine:
 
     def begin_forward(self) -> None:
         self._gate.open = True
+        self._gate.forwards += 1
         if self._gate.watch is not None:
             self._observer.sampler.begin_forward()
 
@@ -303,7 +316,7 @@ class Engine:
     def _begin_plan(self) -> None:
         sums, maxima = self._agreement.collect()
         self._knowledge.update(sums, maxima, self._mask)
-        evidence = self._knowledge.evidence(self._mask)
+        evidence = self._knowledge.evidence(self._mask, self._gate.change_seconds)
         if self._policy.name == BudgetPolicy.name and not self._feasible and evidence.costs and evidence.limits:
             # The evidence is equal on all ranks, and so is this error.
             require_feasible(evidence.costs, evidence.limits)

@@ -87,8 +87,8 @@ class Knowledge:
             self.costs.update(maxima[scalars + _SCALARS :])
         self._costs_table = self._table()
 
-    def evidence(self, current: Mask) -> Evidence:
-        """What a policy reads."""
+    def evidence(self, current: Mask, change_seconds: float = 0.0) -> Evidence:
+        """What a policy reads; a change of mask costs ``change_seconds`` by itself."""
         costs = self._costs_table
         return Evidence(
             current=current,
@@ -99,6 +99,7 @@ class Knowledge:
             headroom_bytes=self._headroom_bytes(),
             peak_limit_bytes=self._peak_limit_bytes(),
             outside_bytes=self.outside_bytes,
+            change_seconds=change_seconds,
         )
 
     def may_probe(self, index: int) -> bool:

@@ -18,18 +18,30 @@ class Watch(Protocol):
     def reruns(self, index: int) -> bool:
         """Whether it will run the block's coming call again by itself."""
 
+    def spoil(self) -> None:
+        """The step's gradients were thrown away: it teaches nothing."""
+
     def __call__(self, index: int, storage: Storage, forward: Forward, args: Any, kwargs: Any) -> Any:
         """Call ``storage.run(forward, *args, **kwargs)``, look at the result and return it."""
 
 
 class Gate:
-    """Open while the root runs forward in training with gradients on; shared by the blocks of an engine."""
+    """Open while the root runs forward in training with gradients on; shared by the blocks of an engine.
 
-    __slots__ = ("context", "open", "watch")
+    ``forwards`` counts those of the root; ``depth`` is above 0 while a block is in one. ``replayed``, where a framework
+    has random states of its own, makes of a block's forward one that draws the same numbers each time it is run.
+    ``change_seconds`` is what a change of mask costs by itself, whatever blocks it is of, as far as that is known.
+    """
+
+    __slots__ = ("change_seconds", "context", "depth", "forwards", "open", "replayed", "watch")
 
     def __init__(self, seed: int = 0) -> None:
         self.context = StorageContext(noise=NoiseSource(seed))
         self.open = False
+        self.depth = 0
+        self.forwards = 0
+        self.change_seconds = 0.0
+        self.replayed: Callable[[Forward], Forward] | None = None
         self.watch: Watch | None = None
 
 
@@ -80,6 +92,12 @@ class BlockRuntime:
         gate = self._gate
         if not gate.open or not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        if gate.watch is None:
-            return self._storage.run(forward, *args, **kwargs)
-        return gate.watch(self._index, self._storage, forward, args, kwargs)
+        if gate.replayed is not None:
+            forward = gate.replayed(forward)
+        gate.depth += 1
+        try:
+            if gate.watch is None:
+                return self._storage.run(forward, *args, **kwargs)
+            return gate.watch(self._index, self._storage, forward, args, kwargs)
+        finally:
+            gate.depth -= 1

@@ -35,6 +35,10 @@ class Sampler:
         if self._prober is not None:
             self._prober.end_forward()
 
+    def spoil(self) -> None:
+        """The step's gradients were thrown away, as its loss scale was too high: it teaches nothing."""
+        self._impact.spoil()
+
     def end(self) -> Measurement | None:
         """Close the sampled step; its bytes if it was measured."""
         if self._prober is not None:

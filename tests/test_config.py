@@ -41,7 +41,7 @@ WRONG: list[tuple[str, Any]] = [
 ]
 
 WRONG_THRESHOLD: list[tuple[str, Any]] = [
-    *(("value", value) for value in (None, True, "0.5", "Auto", math.nan, math.inf, [], 10**400)),
+    *(("value", value) for value in (True, "0.5", "Auto", math.nan, math.inf, [], 10**400)),
     *(("quantile", value) for value in ("0.5", -0.1, 1.1, math.nan, True)),
     *(("low_impact_storage", value) for value in (None, "recompute", "zip", 0)),
 ]
@@ -60,6 +60,13 @@ def test_wrong_value_is_one_line_that_names_key_and_value(key: str, value: Any) 
     assert "\n" not in message
     with pytest.raises(ConfigError):
         Config(**{key: value})
+
+
+def test_null_says_automatic_where_that_is_allowed() -> None:
+    """In DeepSpeed's JSON, ``auto`` is a value for Accelerate and transformers to fill in."""
+    config = Config.from_dict({"memory_budget": None, "threshold": {"value": None}, "storages": None, "log_dir": None})
+    assert config == Config()
+    assert (config.memory_budget, config.threshold.value) == ("auto", "auto")
 
 
 @pytest.mark.parametrize(("key", "value"), WRONG_THRESHOLD, ids=_short)

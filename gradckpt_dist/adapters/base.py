@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from gradckpt_dist.blocks import Block, find_blocks
 from gradckpt_dist.config import Config
 from gradckpt_dist.engine import Engine
 
@@ -28,6 +30,27 @@ class Adapter:
             ConfigError: it says something that cannot be used; the message names the file or the section.
         """
         return None
+
+    def completed(self, model: nn.Module, keys: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The keys that a user gave, and the framework's defaults for those that were left out."""
+        return keys
+
+    def blocks(self, model: nn.Module, config: Config, patterns: Sequence[str]) -> tuple[Block, ...]:
+        """The blocks: those that match the patterns, or without patterns those that are found.
+
+        Raises:
+            BlocksNotFoundError: there are none.
+            ConflictError: something that cannot be taken over checkpoints them already.
+        """
+        return find_blocks(model, patterns)
+
+    def start(self, model: nn.Module, config: Config, blocks: int) -> tuple[str, ...] | None:
+        """The first mask that the framework's configuration asks for; None for the policy's."""
+        return None
+
+    def root(self, model: nn.Module) -> nn.Module:
+        """The module whose forward is called once for each micro-batch."""
+        return model
 
     def domain(self, model: nn.Module) -> ProcessGroup | None:
         """The ranks that run the same blocks; None for all."""

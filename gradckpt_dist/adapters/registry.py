@@ -8,9 +8,10 @@ from torch import nn
 
 from gradckpt_dist.adapters.accelerate import AccelerateAdapter
 from gradckpt_dist.adapters.base import Adapter
+from gradckpt_dist.adapters.deepspeed import DeepSpeedAdapter
 from gradckpt_dist.adapters.versions import warn_if_untested
 
-ADAPTERS: tuple[Adapter, ...] = (AccelerateAdapter(),)
+ADAPTERS: tuple[Adapter, ...] = (DeepSpeedAdapter(), AccelerateAdapter())
 """In the order in which they are asked; Accelerate after those whose engines it only passes on."""
 
 

@@ -45,6 +45,10 @@ class SwitchedForward:
             return self.original(*args, **kwargs)
         return type(self._module).forward(self._module, *args, **kwargs)
 
+    def instead(self, call: Call, args: tuple[Any, ...]) -> Any:
+        """Run ``call`` as the switch would run the module's own forward."""
+        return call(*args) if self._run is None else self._run(call, args, {})
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         run = self._run
         return self.plain(*args, **kwargs) if run is None else run(self.plain, args, kwargs)

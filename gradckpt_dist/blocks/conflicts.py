@@ -102,7 +102,9 @@ def _check_around(ancestor: Node, node: Node) -> None:
                 f"{where} ({type(module).__name__}) checkpoints its blocks itself (grad_checkpointing=True, in timm); "
                 "call model.set_grad_checkpointing(False) first"
             )
-        if isinstance(interval := module.__dict__.get("activation_checkpoint_interval"), int) and interval > 0:
+        taken_over = ancestor.parent is None and frameworks.is_deepspeed_pipeline(module)
+        interval = 0 if taken_over else module.__dict__.get("activation_checkpoint_interval")
+        if isinstance(interval, int) and interval > 0:
             raise ConflictError(
                 f"{where} ({type(module).__name__}) checkpoints every {interval} layers itself; "
                 "build the PipelineModule with activation_checkpoint_interval=0"

@@ -69,6 +69,11 @@ def is_replicated(module: nn.Module) -> bool:
     return _is_instance(module, "torch.nn", "DataParallel") and len(getattr(module, "device_ids", ())) > 1
 
 
+def is_deepspeed_pipeline(module: nn.Module) -> bool:
+    """Whether this is DeepSpeed's ``PipelineModule``."""
+    return _is_instance(module, "deepspeed.runtime.pipe.module", "PipelineModule")
+
+
 def own_class(module: nn.Module) -> type[nn.Module]:
     """The module's class as its author wrote it, without the subclass that ``fully_shard`` puts in its place."""
     sharded = _loaded_class(*_FSDP2)

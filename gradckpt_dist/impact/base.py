@@ -35,6 +35,10 @@ class Impact(ABC):
         """The mean over blocks of the step's squared gradient norms, which carries the scale of its loss."""
 
     @abstractmethod
+    def spoil(self) -> None:
+        """Have the step under way dropped when it is closed."""
+
+    @abstractmethod
     def end_step(self) -> None:
         """Close a sampled step: fold it into the window, or drop it if it holds a non-finite value."""
 

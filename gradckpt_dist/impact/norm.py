@@ -39,6 +39,9 @@ class NormImpact(Impact):
         usable = torch.isfinite(self._step).all() & (mean > 0)
         return torch.where(usable, self._step / mean, torch.nan)
 
+    def spoil(self) -> None:
+        self._step.fill_(torch.nan)
+
     def end_step(self) -> None:
         values = self.step_values().flatten()
         usable = torch.isfinite(values).all()

@@ -22,7 +22,6 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from gradckpt_dist.adapters.accelerate_checkpoint import remember_loads
 from gradckpt_dist.api import ConfigLike, enable, resolve_config
 from gradckpt_dist.blocks.attribute import is_switched
-from gradckpt_dist.config import Config
 from gradckpt_dist.engine import Engine
 from gradckpt_dist.errors import BlocksNotFoundError, ConfigError, ConflictError, GradckptError
 
@@ -42,17 +41,18 @@ def run_script(script: str, arguments: Sequence[str], config_path: str | None, *
         ConfigError: the script or the configuration file is not there, or the configuration cannot be used.
     """
     config = resolve_config(config_path)
-    _show_messages(config)
+    _show_messages()
+    logger.setLevel(config.log_level.upper())
     if is_module:
         sys.path[0] = os.getcwd()
         path = _module_file(script)
     else:
         path = _script_file(script)
         sys.path[0] = str(path.resolve().parent)
-    watch = ModelWatch(config, on_enabled=_tell_trainer)
+    watch = ModelWatch(config if config_path is not None else None, on_enabled=_tell_trainer)
     sys.argv = [script, *arguments]
     sys.excepthook = _ScriptTraceback(str(path))
-    if config.enabled:
+    if config.enabled or config_path is None:
         watch.arm()
         remember_loads()
     if is_module:
@@ -86,12 +86,11 @@ def _module_file(name: str) -> Path:
     return Path(spec.origin)
 
 
-def _show_messages(config: Config) -> None:
+def _show_messages() -> None:
     """Print this package's own log lines to stderr; the script's logging is left alone."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(handler)
-    logger.setLevel(config.log_level.upper())
     logger.propagate = False
 
 
@@ -106,8 +105,9 @@ def _tell_trainer(engine: Engine, root: nn.Module) -> None:
 class ModelWatch:
     """Enables the plugin at the first forward of a module that is training, has gradients on and owns blocks.
 
-    With ``model``: of one that is it or holds it, which has to own blocks. ``on_enabled`` is called with the engine and
-    that module before its forward begins. One watch is armed at a time, the latest.
+    Without a ``config``, the section in the framework's own configuration counts, or else ``GRADCKPT_CONFIG``. With
+    ``model``: of one that is it or holds it, which has to own blocks. ``on_enabled`` is called with the engine and that
+    module before its forward begins. One watch is armed at a time, the latest.
     """
 
     _armed: ClassVar[ModelWatch | None] = None
@@ -163,6 +163,7 @@ class ModelWatch:
             self._passed_over.add(module)
             return
         self.disarm()
+        logger.setLevel(self.engine.config.log_level.upper())
         if self._on_enabled is not None:
             self._on_enabled(self.engine, module)
         self.engine.join_forward()

@@ -22,7 +22,8 @@ class Evidence:
     are None before they were measured, or where the policy needs none. ``headroom_bytes`` is the limit less the peak
     that was measured under the current mask, the least over ranks; negative where the limit was exceeded.
     ``peak_limit_bytes`` is the most that blocks may hold at once. Both are None for a budget that is a fraction.
-    ``outside_bytes`` is what the model's forward held beside its blocks.
+    ``outside_bytes`` is what the model's forward held beside its blocks. ``change_seconds`` is what a change of mask
+    costs once by itself.
     """
 
     current: Mask
@@ -33,6 +34,7 @@ class Evidence:
     headroom_bytes: int | None = None
     peak_limit_bytes: int | None = None
     outside_bytes: int = 0
+    change_seconds: float = 0.0
 
     def bytes_of(self, storages: Sequence[str]) -> int | None:
         """Predicted bytes held by the blocks under these storages; None before they were measured.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gradckpt_dist.cost import CostTable, Limits
 from gradckpt_dist.cost.table import Choice
@@ -48,23 +48,8 @@ class BudgetPolicy(Policy):
         over = _over(costs, limits, current, planned_bytes)
         if over:
             return _planned(costs, solved.choice, solved, f"tightened at once: {over}")
-        return self._relaxed(costs, limits, current, solved, planned_bytes)
-
-    def _relaxed(
-        self, costs: CostTable, limits: Limits, current: Choice, solved: Solution, planned_bytes: int
-    ) -> BudgetPlan:
-        def fits(choice: Choice) -> bool:
-            return not _over(costs, limits, choice, planned_bytes)
-
-        chosen = next_choice(costs, current, solved.choice, self._rules, fits)
-        changes = int((chosen != current).sum())
-        saved = costs.seconds_of(current) - costs.seconds_of(chosen)
-        if not changes:
-            return _planned(costs, chosen, solved, "unchanged: no change pays within the next interval")
-        left = int((chosen != solved.choice).sum())
-        return _planned(
-            costs, chosen, solved, f"{changes} blocks changed, {saved:.3g} s a step saved; {left} blocks from the best"
-        )
+        rules = replace(self._rules, seconds_at_once=evidence.change_seconds)
+        return _relaxed(costs, limits, current, solved, planned_bytes, rules)
 
 
 def require_feasible(costs: CostTable, limits: Limits) -> None:
@@ -76,6 +61,23 @@ def require_feasible(costs: CostTable, limits: Limits) -> None:
     solved = solve(costs, peak_bytes=limits.planned_bytes, squared_error=limits.squared_error)
     if isinstance(solved, Infeasible):
         raise BudgetError(_failure(costs, solved, limits, limits.planned_bytes))
+
+
+def _relaxed(
+    costs: CostTable, limits: Limits, current: Choice, solved: Solution, planned_bytes: int, rules: ChangeRules
+) -> BudgetPlan:
+    def fits(choice: Choice) -> bool:
+        return not _over(costs, limits, choice, planned_bytes)
+
+    chosen = next_choice(costs, current, solved.choice, rules, fits)
+    changes = int((chosen != current).sum())
+    saved = costs.seconds_of(current) - costs.seconds_of(chosen)
+    if not changes:
+        return _planned(costs, chosen, solved, "unchanged: no change pays within the next interval")
+    left = int((chosen != solved.choice).sum())
+    return _planned(
+        costs, chosen, solved, f"{changes} blocks changed, {saved:.3g} s a step saved; {left} blocks from the best"
+    )
 
 
 def _planned_bytes(costs: CostTable, limits: Limits, current: Choice, headroom_bytes: int | None) -> int:

@@ -15,14 +15,15 @@ from gradckpt_dist.cost.table import Choice
 class ChangeRules:
     """When a change of mask pays and how far it goes.
 
-    A change pays if what it saves in the ``interval`` steps up to the next decision is more than its own
-    ``seconds_per_change`` for each block changed, and its aim saves more than the share ``hysteresis`` of the extra
-    seconds in force. Of all blocks at most the share ``relaxed_share``, rounded up, changes at once while the limits
-    are kept.
+    A change pays if what it saves in the ``interval`` steps up to the next decision is more than ``seconds_at_once``
+    and its own ``seconds_per_change`` for each block changed, and its aim saves more than the share ``hysteresis`` of
+    the extra seconds in force. Of all blocks at most the share ``relaxed_share``, rounded up, changes at once while
+    the limits are kept.
     """
 
     interval: int
     hysteresis: float = 0.05
+    seconds_at_once: float = 0.0
     seconds_per_change: float = 0.0
     relaxed_share: float = 0.5
 
@@ -38,7 +39,8 @@ def next_choice(
     step = aim if int((current != aim).sum()) <= most else _step(costs, current, aim, most, fits)
     saved = costs.seconds_of(current) - costs.seconds_of(step)
     changes = int((current != step).sum())
-    return step if saved * rules.interval > changes * rules.seconds_per_change else current
+    cost = rules.seconds_at_once + changes * rules.seconds_per_change
+    return step if saved * rules.interval > cost else current
 
 
 def _step(costs: CostTable, current: Choice, aim: Choice, most: int, fits: Callable[[Choice], bool]) -> Choice:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from gradckpt_dist.storage.half_choice import HalfChoices
 from gradckpt_dist.storage.lane import OffloadLane
 from gradckpt_dist.storage.noise import NoiseSource
+
+if TYPE_CHECKING:
+    from gradckpt_dist.storage.kept_inputs import KeptInputs
 
 
 @dataclass
 class StorageContext:
     """``lane``: where offloading blocks meet; ``noise``: where lossy ones get their seeds.
 
-    ``half_choices``: what ``selective_half`` holds, by kind of block.
+    ``half_choices``: what ``selective_half`` holds, by kind of block. ``kept_inputs``: where inputs of recomputed
+    blocks wait, if they are to be moved.
     """
 
     lane: OffloadLane = field(default_factory=OffloadLane)
     noise: NoiseSource = field(default_factory=NoiseSource)
     half_choices: HalfChoices = field(default_factory=HalfChoices)
+    kept_inputs: KeptInputs | None = None

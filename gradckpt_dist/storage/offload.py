@@ -67,7 +67,7 @@ class Offload(Storage):
             call.seal()
 
 
-class _Copy:
+class HostCopy:
     """One storage in a host buffer, fetched at most once, alive for as long as a node has it saved."""
 
     __slots__ = ("__weakref__", "_account", "_buffer", "_device", "_flat", "_lane", "_ready", "_size_bytes")
@@ -108,7 +108,7 @@ class _Saved:
 
     __slots__ = ("_call", "_check", "_copy", "_dtype", "_kept", "_place", "_tensor")
 
-    def __init__(self, tensor: torch.Tensor, call: _Call, copy: _Copy | None, kept: Kept | None) -> None:
+    def __init__(self, tensor: torch.Tensor, call: _Call, copy: HostCopy | None, kept: Kept | None) -> None:
         self._call = call
         self._copy = copy
         self._kept = kept
@@ -134,8 +134,8 @@ class _Call:
         self._device = device
         self._buffers = buffer_storages(block)
         # The weak references keep a storage's identity from being used again while it is a key.
-        self._seen: dict[tuple[int, int], tuple[StorageWeakRef, _Copy | Kept]] = {}
-        self._copies: list[weakref.ref[_Copy]] = []
+        self._seen: dict[tuple[int, int], tuple[StorageWeakRef, HostCopy | Kept]] = {}
+        self._copies: list[weakref.ref[HostCopy]] = []
         self._previous: weakref.ref[Fetchable] | None = None
         self._in_backward = False
 
@@ -152,12 +152,12 @@ class _Call:
         if key not in self._seen:
             self._seen[key] = (StorageWeakRef(storage), self._put(tensor, storage))  # type: ignore[no-untyped-call]
         place = self._seen[key][1]
-        return _Saved(tensor, self, place, None) if isinstance(place, _Copy) else _Saved(tensor, self, None, place)
+        return _Saved(tensor, self, place, None) if isinstance(place, HostCopy) else _Saved(tensor, self, None, place)
 
     def seal(self) -> None:
         """End of the forward: from here on only the graph holds what was saved."""
         places = [place for _, place in self._seen.values()]
-        self._copies = [weakref.ref(place) for place in places if isinstance(place, _Copy)]
+        self._copies = [weakref.ref(place) for place in places if isinstance(place, HostCopy)]
         self._seen.clear()
         if self._copies:
             self._previous = self._lane.join(self)
@@ -178,12 +178,12 @@ class _Call:
             if copy is not None:
                 copy.fetch()
 
-    def _put(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> _Copy | Kept:
+    def _put(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> HostCopy | Kept:
         if self._may_move(tensor, storage):
             buffer = self._lane.take(storage.nbytes(), tensor.device)
             if buffer is not None:
                 flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-                return _Copy(flat, buffer, self._lane, self._account)
+                return HostCopy(flat, buffer, self._lane, self._account)
         return Kept(storage.nbytes(), self._account)
 
     def _may_move(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> bool:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from gradckpt_dist.storage.base import Forward, Storage
 from gradckpt_dist.storage.buffers import BufferGuard
+from gradckpt_dist.storage.context import StorageContext
+from gradckpt_dist.storage.saved import Account
 
 
 class Passes(Protocol):
@@ -33,9 +35,20 @@ class Recompute(Storage):
     exact = True
     reruns = True
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, context: StorageContext | None = None) -> None:
         super().__init__(block)
         self._buffers = BufferGuard(block)
+        self._context = context
+        self._account = Account()
+
+    @classmethod
+    def create(cls, block: nn.Module, context: StorageContext) -> Self:
+        return cls(block, context)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes on the device of the inputs that ``StorageContext.kept_inputs`` has taken."""
+        return self._account.held_bytes
 
     def run(self, forward: Forward, /, *args: Any, **kwargs: Any) -> Any:
         # Keyword values travel as positions: checkpoint then holds tensors among them as saved tensors, finds their
@@ -64,15 +77,17 @@ class Recompute(Storage):
 
     def _passes(self, inputs: tuple[Any, ...]) -> Passes:
         """What surrounds the passes of a call with these inputs, made anew for each call."""
-        return _InFull(self)
+        kept_inputs = None if self._context is None else self._context.kept_inputs
+        return _InFull(self, nullcontext() if kept_inputs is None else kept_inputs.around(self._account))
 
 
 class _InFull:
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Storage, around: AbstractContextManager[None]) -> None:
         self._storage = storage
+        self._around = around
 
     def around(self) -> AbstractContextManager[None]:
-        return nullcontext()
+        return self._around
 
     def first(self) -> AbstractContextManager[None]:
         return nullcontext()

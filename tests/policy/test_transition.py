@@ -27,11 +27,22 @@ def test_a_saving_within_the_hysteresis_is_not_worth_a_change() -> None:
         assert (next_choice(costs, current, aim, rules, _always) != current).any() == changes
 
 
-@pytest.mark.parametrize(("seconds_per_change", "pays"), [(49.9, True), (50.1, False)])
-def test_what_a_change_costs_must_be_saved_within_the_interval(seconds_per_change: float, pays: bool) -> None:
+@pytest.mark.parametrize(
+    ("seconds_per_change", "seconds_at_once", "pays"),
+    [(49.9, 0, True), (50.1, 0, False), (40, 19, True), (40, 21, False)],
+)
+def test_what_a_change_costs_must_be_saved_within_the_interval(
+    seconds_per_change: float, seconds_at_once: float, pays: bool
+) -> None:
     costs = alike(4)
     current, aim = costs.choice(("recompute",) * 4), costs.choice(("recompute", "recompute", "keep", "keep"))
-    rules = ChangeRules(interval=50, hysteresis=0.0, seconds_per_change=seconds_per_change, relaxed_share=1.0)
+    rules = ChangeRules(
+        interval=50,
+        hysteresis=0.0,
+        seconds_at_once=seconds_at_once,
+        seconds_per_change=seconds_per_change,
+        relaxed_share=1.0,
+    )
     assert next_choice(costs, current, aim, rules, _always).tolist() == (aim if pays else current).tolist()
 
 
