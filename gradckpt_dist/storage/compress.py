@@ -21,6 +21,7 @@ from gradckpt_dist.storage.context import StorageContext
 from gradckpt_dist.storage.ledger import is_parameter
 from gradckpt_dist.storage.lineage import Lineage, Role
 from gradckpt_dist.storage.noise import NoiseSource
+from gradckpt_dist.storage.parts import Shell, arrived, is_distributed
 from gradckpt_dist.storage.quantiser import DTYPES, Quantised, dequantise, quantise
 from gradckpt_dist.storage.saved import (
     Account,
@@ -41,9 +42,9 @@ class Compress8(Storage):
 
     Until then the block holds what ``keep`` holds. As they are stay: parameters, buffers, what was made of these alone
     (weights cast by autocast), what is not float32, float16 or bfloat16, small and expanded tensors, tensor subclasses
-    (DTensor), statistics, inputs of the block that need no gradient and what was made of these alone, and on the CPU
-    tensors with a value that is not finite. In a compiled block, where the operations cannot be seen, everything else
-    that is saved and large counts as an activation.
+    but DTensor, statistics, inputs of the block that need no gradient and what was made of these alone, and on the CPU
+    tensors with a value that is not finite. Of a DTensor, this rank's part is quantised; its placements stay. In a
+    compiled block, where the operations cannot be seen, everything else that is large counts as an activation.
 
     A gradient of the gradient would be wrong without bound: ``create_graph`` and torch.func raise ``StorageError``.
     """
@@ -130,7 +131,7 @@ class _Place:
 class _Saved:
     """A saved tensor: a view of a ``_Place``, or without one itself."""
 
-    __slots__ = ("_check", "_dtype", "_layout", "_name", "_place", "_tensor")
+    __slots__ = ("_check", "_dtype", "_layout", "_name", "_place", "_shell", "_tensor")
 
     def __init__(self, name: str, tensor: Tensor, check: VersionCheck, place: _Place | None, witness: Tensor) -> None:
         self._name = name
@@ -139,6 +140,7 @@ class _Saved:
         self._dtype = tensor.dtype
         self._layout = (tensor.storage_offset(), tensor.shape, tensor.stride()) if place is not None else None
         self._tensor = witness
+        self._shell = Shell(witness) if place is not None and is_distributed(witness) else None
 
     def tensor(self) -> Tensor:
         self._check.verify()
@@ -146,7 +148,8 @@ class _Saved:
         if self._place is None or self._layout is None:
             return self._tensor
         empty = torch.empty(0, dtype=self._dtype, device=self._tensor.device)
-        return empty.set_(self._place.storage(), *self._layout)
+        tensor = empty.set_(self._place.storage(), *self._layout)
+        return tensor if self._shell is None else self._shell.around(tensor)
 
 
 class CompressedCall:
@@ -177,14 +180,15 @@ class CompressedCall:
             return _Saved(self._name, tensor, VersionCheck(tensor, tensor), None, tensor)
         # An output that kept its history would keep the node that saves it alive, and itself with it.
         tensor = tensor.detach()
-        if not is_plain(tensor):
+        part = arrived(tensor)
+        if not is_plain(part):
             return _Saved(self._name, tensor, VersionCheck(tensor, tensor), None, tensor)
-        witness = without_memory(tensor)
+        witness = without_memory(tensor if is_distributed(tensor) else part)
         check = VersionCheck(tensor, witness)
-        place = self._place(tensor, check)
-        if not is_movable(tensor) or (place.sample is not None and place.sample.dtype != tensor.dtype):
+        place = self._place(part, check)
+        if not is_movable(part) or (place.sample is not None and place.sample.dtype != part.dtype):
             place.as_is = True
-        return _Saved(self._name, tensor, check, place, witness)
+        return _Saved(self._name, part, check, place, witness)
 
     def seal(self, choice: Choice, bits: int, noise: NoiseSource) -> None:
         """End of the forward: compress what ``choice`` says of what is still saved."""
