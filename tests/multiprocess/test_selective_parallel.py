@@ -78,6 +78,18 @@ class Implicit(nn.Module):
         return ((hidden @ self.down).sin() + x).cos().sum(dim=1).full_tensor()
 
 
+class GatheredWeights(nn.Module):
+    """Gathers its weight in each forward, as data parallelism by functional collectives does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH // 2, WIDTH) / 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = collectives.all_gather_tensor_autograd(self.weight, 0, dist.group.WORLD)
+        return (x @ whole).tanh().sin()
+
+
 class _Sent(TorchDispatchMode):
     """The names of operations on this rank's parts of tensors."""
 
@@ -121,6 +133,8 @@ def _check() -> None:
             if name == "selective_half":
                 sent_by_us[SENT[-1]], sent[SENT[-1]] = 0, 0  # gathered again
             assert sent_by_us == sent, (make, name)
+    held, again = (_train(name, GatheredWeights)[1] for name in ("selective", "recompute"))
+    assert held[SENT[-1]] == again[SENT[-1]] > 0
 
 
 def test_communicating_blocks_are_bitwise_and_send_nothing_again() -> None:
