@@ -98,10 +98,11 @@ class Observer:
         """For the MAX all-reduce; zeros where nothing was measured."""
         measured, self._measurement = self._measurement, None
         if measured is None:
-            values = [0.0] * (3 * self._blocks + 3)
+            values = [0.0] * (3 * self._blocks + 4)
         else:
             by_block = (*measured.keep_bytes, *measured.recompute_bytes, *measured.stored_bytes)
-            values = [*map(float, (*by_block, measured.held_bytes, measured.peak_bytes, self._process_peak_bytes))]
+            totals = (measured.held_bytes, measured.peak_bytes, self._process_peak_bytes, measured.forwards_in_flight)
+            values = [*map(float, (*by_block, *totals))]
         costs = [] if self._book is None else self._book.take_maxima(self._forwards_in_flight)
         return [*values, -float(self._meter.available_bytes()), plugin_seconds, *costs]
 
