@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from gradckpt_dist.adapters import Adapter, adapter_of
+from gradckpt_dist.adapters import Adapter, adapter_of, follow_join
 from gradckpt_dist.agreement import create_agreement
 from gradckpt_dist.blocks import Block
 from gradckpt_dist.config import Complete, Config
@@ -42,8 +42,8 @@ def enable(
     Call it on every rank, before or after wrapping for DDP or FSDP, on the module that the training loop calls or on
     the one inside. ``config`` is a ``Config``, its keys, a file with a ``gradckpt`` section, or None: then the section
     in the framework's own configuration, or the file that ``GRADCKPT_CONFIG`` names, or else the defaults. ``blocks``
-    gives names or globs in place of ``config.blocks``. ``process_group`` is the domain (default: as the framework
-    knows, or all ranks). ``optimizer`` is the one whose step ends a training step (default: any).
+    gives names or globs in place of ``config.blocks``. ``process_group`` is the domain (default: as the model
+    says, or all ranks). ``optimizer`` is the one whose step ends a training step (default: any).
 
     Raises:
         ConfigError: the configuration cannot be used.
@@ -73,6 +73,7 @@ def enable(
     if settings.enabled:
         engine.install(adapter.root(model), optimizer)
         engine.on_disable(adapter.attach(engine, model))
+        engine.on_disable(follow_join(engine, model))
     return engine
 
 

@@ -50,6 +50,7 @@ class StepBoundary:
         self._listener = listener
         self._stepped = True
         self._forwards_since_step = 0
+        self._fewest_forwards = _FORWARDS_WITHOUT_STEP
         self._root = root
         stepped = _weak_method(self._on_optimizer_step)
         self._handles = [
@@ -70,9 +71,7 @@ class StepBoundary:
             self._listener.pause()
             return
         if self._stepped:
-            self._stepped = False
-            self._forwards_since_step = 0
-            self._listener.begin_step()
+            self._begin_step()
         self._listener.begin_forward()
         self._forwards_since_step += 1
         if self._forwards_since_step == _FORWARDS_WITHOUT_STEP:
@@ -82,12 +81,29 @@ class StepBoundary:
                 _FORWARDS_WITHOUT_STEP,
             )
 
+    def miss_forward(self, *, synchronised: bool) -> None:
+        """Follow a training forward of other ranks in which this one has no part, as it has run out of data.
+
+        Their step is taken to end with a forward whose gradients are ``synchronised``, the first one of these for which
+        the step has as many forwards as the shortest so far.
+        """
+        if self._stepped:
+            self._begin_step()
+        self._forwards_since_step += 1
+        self._stepped = synchronised and self._forwards_since_step >= self._fewest_forwards
+
+    def _begin_step(self) -> None:
+        self._stepped = False
+        self._forwards_since_step = 0
+        self._listener.begin_step()
+
     def _after_forward(self) -> None:
         self._listener.end_forward()
 
     def _on_optimizer_step(self) -> None:
         if not self._stepped:
             self._stepped = True
+            self._fewest_forwards = min(self._fewest_forwards, self._forwards_since_step)
             self._listener.end_step()
 
 

@@ -73,7 +73,7 @@ class Engine:
         scope = Scope.of(modules, config)
         self._observer = Observer(modules, scope, device, self._gate.context, probe_schedule(scope, config.interval))
         self._knowledge = Knowledge(scope, Budget.of(config))
-        self._journal = Journal(config, agreement.rank, agreement.ranks)
+        self._journal = Journal(config, agreement)
         self._step = -1
         self._wake_step = 0
         self._turn = Turn.IDLE
@@ -116,6 +116,11 @@ class Engine:
         """Take part in a training forward of the root that is under way, its hooks having been gathered already."""
         if self._boundary is not None:
             self._boundary.before_forward()
+
+    def miss_forward(self, *, synchronised: bool) -> None:
+        """Keep up with the other ranks in a training forward of theirs, as ``StepBoundary.miss_forward`` does."""
+        if self._boundary is not None:
+            self._boundary.miss_forward(synchronised=synchronised)
 
     # -- what users call ------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from gradckpt_dist.agreement import Agreement
 from gradckpt_dist.config import Config
 from gradckpt_dist.events import EventLog
 from gradckpt_dist.mask import Mask
@@ -32,12 +33,13 @@ _OUT_OF_MEMORY_STATS = ("epoch", "mask", "predicted_process_peak_bytes", "proces
 
 
 class Journal:
-    """One engine's, on one rank. Messages that are the same on all ranks come from rank 0 alone."""
+    """One engine's, on one rank. What is the same on all ranks of a domain comes from its rank 0 alone."""
 
-    def __init__(self, config: Config, rank: int, ranks: int) -> None:
-        self._rank = rank
-        self._ranks = ranks
-        self._log = EventLog(config.log_dir, rank, all_ranks=config.log_level == "debug")
+    def __init__(self, config: Config, agreement: Agreement) -> None:
+        self._rank = agreement.rank
+        self._ranks = agreement.ranks
+        writes = agreement.rank == 0 or config.log_level == "debug"
+        self._log = EventLog(config.log_dir, agreement.global_rank, all_ranks=writes)
         self._warned_infeasible = False
 
     def start(self, mask: Mask, config: Config) -> None:

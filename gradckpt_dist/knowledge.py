@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from gradckpt_dist.mask import Mask
 from gradckpt_dist.policy import Evidence
 
 _BYTES_BY_BLOCK = 3
-_SCALARS = 5
+_TOTALS = 4
+_SCALARS = _TOTALS + 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,7 @@ class Knowledge:
         self.errors = ExpectedErrors(scope.kinds, scope.lossy, scope.metric) if scope.probed else None
         self.stored_bytes: dict[str, tuple[int, ...]] = {}
         self.held_bytes = self.peak_bytes = self.outside_bytes = self.process_peak_bytes = self.available_bytes = 0
+        self.forwards_in_flight = 1
         self.plugin_seconds = 0.0
         self._measured_mask: Mask | None = None
         self._costs_table: CostTable | None = None
@@ -77,8 +80,8 @@ class Knowledge:
         impact_size = self._scope.fields * self._scope.blocks + 2
         self.running.update(sums[:impact_size])
         scalars = _BYTES_BY_BLOCK * self._scope.blocks
-        self._update_bytes(maxima[:scalars], maxima[scalars : scalars + 3], mask)
-        available, self.plugin_seconds = maxima[scalars + 3 : scalars + _SCALARS]
+        self._update_bytes(maxima[:scalars], maxima[scalars : scalars + _TOTALS], mask)
+        available, self.plugin_seconds = maxima[scalars + _TOTALS : scalars + _SCALARS]
         self.available_bytes = int(-available) if math.isfinite(available) else self.available_bytes
         if self.costs is not None and self.errors is not None:
             probes_size = self._scope.blocks * block_fields(len(self._scope.lossy)) + 1
@@ -100,6 +103,7 @@ class Knowledge:
             peak_limit_bytes=self._peak_limit_bytes(),
             outside_bytes=self.outside_bytes,
             change_seconds=change_seconds,
+            forwards_in_flight=self.forwards_in_flight,
         )
 
     def may_probe(self, index: int) -> bool:
@@ -137,7 +141,8 @@ class Knowledge:
     def _update_bytes(self, by_block: Sequence[float], totals: Sequence[float], mask: Mask) -> None:
         if not all(math.isfinite(value) for value in (*by_block, *totals)) or not totals[0]:
             return
-        held, peak, process_peak = (int(value) for value in totals)
+        held, peak, process_peak, forwards = (int(value) for value in totals)
+        self.forwards_in_flight = max(1, forwards)
         blocks = self._scope.blocks
         keep, recompute, stored = (tuple(map(int, by_block[i * blocks : (i + 1) * blocks])) for i in range(3))
         # A compiled variant does not run what `keep` would: then what was known before stays.
@@ -172,5 +177,6 @@ class Knowledge:
             return None
         errors = self.errors.squared(self._scope.metric, self.running.mean_square)
         table = self.costs.table(dict(zip(self._scope.lossy, errors.T, strict=True)), self.stored_bytes)
+        table = dataclasses.replace(table, forwards_in_flight=self.forwards_in_flight)
         predicted = table.peak_bytes_of(table.choice(self._measured_mask.storages))
         return table.with_fixed_bytes(max(0, self.process_peak_bytes - predicted))

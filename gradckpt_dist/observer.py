@@ -55,6 +55,7 @@ class Observer:
         self._meter = memory_meter(device)
         self._measurement: Measurement | None = None
         self._process_peak_bytes = 0
+        self._forwards_in_flight = 1
 
     def attach(self, root: nn.Module) -> None:
         """Where lossy storages are on offer, watch how the gradient of ``root`` is shared out over blocks."""
@@ -85,6 +86,7 @@ class Observer:
         measurement = self.sampler.end()
         if measurement is not None:
             self._measurement = measurement
+            self._forwards_in_flight = measurement.forwards_in_flight
             self._process_peak_bytes = self._meter.peak_bytes()
 
     def take_sums(self) -> torch.Tensor:
@@ -96,11 +98,12 @@ class Observer:
         """For the MAX all-reduce; zeros where nothing was measured."""
         measured, self._measurement = self._measurement, None
         if measured is None:
-            values = [0.0] * (3 * self._blocks + 3)
+            values = [0.0] * (3 * self._blocks + 4)
         else:
             by_block = (*measured.keep_bytes, *measured.recompute_bytes, *measured.stored_bytes)
-            values = [*map(float, (*by_block, measured.held_bytes, measured.peak_bytes, self._process_peak_bytes))]
-        costs = [] if self._book is None else self._book.take_maxima()
+            totals = (measured.held_bytes, measured.peak_bytes, self._process_peak_bytes, measured.forwards_in_flight)
+            values = [*map(float, (*by_block, *totals))]
+        costs = [] if self._book is None else self._book.take_maxima(self._forwards_in_flight)
         return [*values, -float(self._meter.available_bytes()), plugin_seconds, *costs]
 
 

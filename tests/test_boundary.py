@@ -128,6 +128,31 @@ def test_only_a_given_optimizer_counts(model: nn.Module) -> None:
     boundary.remove()
 
 
+@pytest.mark.parametrize(
+    "synchronised", [[True] * 4, [False, True] * 2, [False] * 4], ids=["in each forward", "in the last one", "never"]
+)
+def test_forwards_of_other_ranks_are_counted_into_steps_of_the_usual_length(
+    model: nn.Module, synchronised: list[bool]
+) -> None:
+    boundary = StepBoundary(model, None, events := Events())
+    optimizer = _optimizer(model)
+    for _ in range(2):
+        _micro_batch(model)
+        _micro_batch(model)
+        optimizer.step()
+    _micro_batch(model)
+    events.take()
+    # The step under way has one forward so far.
+    begun = []
+    for flag in (True, *synchronised):
+        boundary.miss_forward(synchronised=flag)
+        begun.append(events.take())
+    assert begun == [[], ["step"], [], ["step"] if any(synchronised) else [], []]
+    _micro_batch(model)
+    assert events.take() == (FIRST if any(synchronised) else NEXT)
+    boundary.remove()
+
+
 def test_an_exception_in_forward_ends_it(model: nn.Module) -> None:
     events = Events()
     boundary = StepBoundary(model, None, events)

@@ -15,8 +15,8 @@ BLOCKS = ("a", "b")
 SUMS = [1.0, 3.0, 2.0, 1.0]
 EXACT = ("keep", "recompute", "selective")
 HALF = Budget(memory_budget=0.5, reserve=0.05, gradient_tolerance=0.0)
-MEASURED = [100.0, 200.0, 10.0, 20.0, 100.0, 20.0, 150.0, 350.0, 1000.0]
-"""By block: keep, recompute, stored; then held, peak, and the process's peak."""
+MEASURED = [100.0, 200.0, 10.0, 20.0, 100.0, 20.0, 150.0, 350.0, 1000.0, 1.0]
+"""By block: keep, recompute, stored; then held, peak, the process's peak, and forwards in flight."""
 
 
 def _mask(*storages: str) -> Mask:
@@ -46,7 +46,7 @@ def test_a_measurement_travels_and_is_folded_in() -> None:
 
 def test_a_window_without_measurement_leaves_the_bytes() -> None:
     knowledge, mask = _knowledge(), _mask("recompute", "recompute")
-    nothing = _maxima([0.0] * 9, 0.5)
+    nothing = _maxima([0.0] * 10, 0.5)
     knowledge.update(SUMS, nothing, mask)
     assert knowledge.evidence(mask).bytes_of(mask.storages) is None
     knowledge.update(SUMS, _maxima(MEASURED), mask)
@@ -56,7 +56,7 @@ def test_a_window_without_measurement_leaves_the_bytes() -> None:
 
 
 @pytest.mark.parametrize("fault", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("position", [0, 8, 9])
+@pytest.mark.parametrize("position", [0, 8, 9, 10])
 def test_bytes_that_a_faulty_rank_made_non_finite_teach_nothing(fault: float, position: int) -> None:
     knowledge, mask = _knowledge(), _mask("keep", "recompute")
     knowledge.update(SUMS, _maxima(MEASURED), mask)
@@ -69,7 +69,7 @@ def test_bytes_that_a_faulty_rank_made_non_finite_teach_nothing(fault: float, po
 
 def test_other_storages_are_known_where_they_were_used() -> None:
     knowledge, mask = _knowledge(), _mask("offload", "recompute")
-    knowledge.update(SUMS, _maxima([100.0, 200.0, 10.0, 20.0, 30.0, 20.0, 50.0, 250.0, 1000.0]), mask)
+    knowledge.update(SUMS, _maxima([100.0, 200.0, 10.0, 20.0, 30.0, 20.0, 50.0, 250.0, 1000.0, 1.0]), mask)
     assert knowledge.stored_bytes["offload"] == (30, 200)
     assert knowledge.evidence(mask).bytes_of(("offload", "offload")) == 230
 

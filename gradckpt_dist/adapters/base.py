@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from torch.distributed import ProcessGroup
 
+from gradckpt_dist.agreement import Domain, domain_of
 from gradckpt_dist.blocks import Block, find_blocks
 from gradckpt_dist.config import Config
 from gradckpt_dist.engine import Engine
@@ -52,9 +52,9 @@ class Adapter:
         """The module whose forward is called once for each micro-batch."""
         return model
 
-    def domain(self, model: nn.Module) -> ProcessGroup | None:
+    def domain(self, model: nn.Module) -> Domain | None:
         """The ranks that run the same blocks; None for all."""
-        return None
+        return domain_of(model)
 
     def attach(self, engine: Engine, model: nn.Module) -> Callable[[], None]:
         """Tie the running engine to the framework, saving and loading of state for example; the call undoes it."""

@@ -6,6 +6,7 @@ applied: each wait comes a step after its start, so that it hides behind compute
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_group, _get_default_store
 
+from gradckpt_dist.agreement.domain import Domain, global_ranks
 from gradckpt_dist.agreement.roll_call import Facts, RollCall
 from gradckpt_dist.agreement.wire import Decision, decode, encode, message_bytes
 from gradckpt_dist.errors import AgreementError, MaskError
@@ -31,10 +33,11 @@ _spare_groups: weakref.WeakKeyDictionary[ProcessGroup, dict[tuple[tuple[int, ...
 
 
 class Agreement(ABC):
-    """One domain's ranks. ``rank`` and ``ranks`` count within the domain; rank 0 decides."""
+    """One domain's ranks. ``rank`` and ``ranks`` count within it, ``global_rank`` within the job; rank 0 decides."""
 
     rank: int
     ranks: int
+    global_rank: int
 
     @abstractmethod
     def compare(self, facts: Facts, step: int = 0) -> None:
@@ -79,6 +82,9 @@ class LocalAgreement(Agreement):
     rank = 0
     ranks = 1
 
+    def __init__(self) -> None:
+        self.global_rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
     def compare(self, facts: Facts, step: int = 0) -> None:
         return
 
@@ -102,19 +108,21 @@ class LocalAgreement(Agreement):
 
 
 class GroupAgreement(Agreement):
-    """The ranks of ``process_group``, on a process group of their own. Gloo and NCCL by the same code."""
+    """These global ranks, on a process group of their own. Gloo and NCCL by the same code."""
 
-    def __init__(self, process_group: ProcessGroup | None, device: torch.device, timeout_seconds: float) -> None:
-        self._global_ranks = dist.get_process_group_ranks(process_group)
-        self.rank = dist.get_rank(process_group)
+    def __init__(self, ranks: Sequence[int], device: torch.device, timeout_seconds: float) -> None:
+        self._global_ranks = list(ranks)
+        self.global_rank = dist.get_rank()
+        self.rank = self._global_ranks.index(self.global_rank)
         self.ranks = len(self._global_ranks)
         self._device = device
         self._timeout_seconds = timeout_seconds
         domain = tuple(self._global_ranks)
-        prefix = f"gradckpt/{domain[0]}-{domain[-1]}x{len(domain)}/{_domains_opened[domain]}"
+        digest = hashlib.sha256(repr(domain).encode()).hexdigest()[:16]
+        prefix = f"gradckpt/{digest}/{_domains_opened[domain]}"
         _domains_opened[domain] += 1
         store = PrefixStore(prefix, _get_default_store())
-        self._roll_call = RollCall(store, dist.get_rank(), self._global_ranks, timeout_seconds)
+        self._roll_call = RollCall(store, self.global_rank, self._global_ranks, timeout_seconds)
         self._group: ProcessGroup | None = None
         self._sound = True
         self._stream = None if device.type == "cpu" else torch.get_device_module(device).Stream(device)
@@ -238,10 +246,13 @@ class GroupAgreement(Agreement):
         return AgreementError(f"ranks {missing} did not answer: {cause}", rank=missing[0], step=self._step)
 
 
-def create_agreement(process_group: ProcessGroup | None, device: torch.device, timeout_seconds: float) -> Agreement:
-    """For the given group, the default group, or a process on its own."""
+def create_agreement(domain: Domain | None, device: torch.device, timeout_seconds: float) -> Agreement:
+    """For the given ranks, all ranks, or a process on its own.
+
+    Raises:
+        AgreementError: this rank is not in the domain.
+    """
     if not dist.is_available() or not dist.is_initialized():
         return LocalAgreement()
-    if dist.get_world_size(process_group) == 1:
-        return LocalAgreement()
-    return GroupAgreement(process_group, device, timeout_seconds)
+    ranks = global_ranks(domain)
+    return LocalAgreement() if len(ranks) == 1 else GroupAgreement(ranks, device, timeout_seconds)

@@ -18,7 +18,7 @@ FIELDS = 5
 """Numbers by kind and storage: seconds, extra seconds, held bytes, working-set bytes per token, whether refused."""
 
 BLOCK_FIELDS = 3
-"""Numbers by block: tokens of a step, of the largest forward, of the largest call."""
+"""Numbers by block: tokens of a step, of the forwards that are in flight at once, of the largest call."""
 
 LEAST_EXTRA = 0.01
 """What a storage is taken to add at least, as a share of what its block takes under ``keep``."""
@@ -98,7 +98,7 @@ class Costs:
         return max(cost.extra_seconds, least) * self.step_tokens[index]
 
     def held_bytes(self, index: int, storage: str) -> int:
-        """From the block's forward to its backward, in the largest forward seen; 0 while not measured."""
+        """From the block's forward to its backward, by all forwards in flight at once; 0 while not measured."""
         return math.ceil((self.of(index, storage).held_bytes or 0.0) * self.forward_tokens[index])
 
     def working_set_bytes(self, index: int, storage: str) -> int:
@@ -152,9 +152,9 @@ class Costs:
     def probe_bytes(self, index: int) -> int | None:
         """Activations that a probe of this block holds at once; its parameters' gradients come twice on top."""
         held = [
-            self.held_bytes(index, name) + self.working_set_bytes(index, name)
+            math.ceil(cost.held_bytes * self.call_tokens[index]) + self.working_set_bytes(index, name)
             for name in self.storages
-            if self.of(index, name).held_bytes is not None
+            if (cost := self.of(index, name)).held_bytes is not None
         ]
         return max(held) if held else None
 

@@ -84,11 +84,11 @@ class CostBook:
         """Whether ``refuse`` was called, or reported for a twin."""
         return self._samples[self._kinds[index], storage].refused
 
-    def take_maxima(self) -> list[float]:
+    def take_maxima(self, forwards_in_flight: int = 1) -> list[float]:
         """This rank's numbers for the MAX all-reduce: [3 x blocks + kinds x storages x 5]."""
         self._read_pending()
         costs = [value for samples in self._samples.values() for value in samples.vector()]
-        return [*self._tokens.take(), *costs]
+        return [*self._tokens.take(forwards_in_flight), *costs]
 
     def _read_pending(self) -> None:
         unread: list[tuple[int, int, Runs]] = []
@@ -106,7 +106,7 @@ class CostBook:
 
 
 class _Tokens:
-    """Tokens by block: a step's, the largest forward's, the largest call's. The most over sampled steps."""
+    """Tokens by block: a step's, those of forwards in flight at once, the largest call's. The most over samples."""
 
     def __init__(self, blocks: int) -> None:
         self._blocks = blocks
@@ -127,7 +127,8 @@ class _Tokens:
         self._most[0] = [max(pair) for pair in zip(self._most[0], self._step, strict=True)]
         self._step = [0] * self._blocks
 
-    def take(self) -> list[float]:
+    def take(self, forwards_in_flight: int) -> list[float]:
+        self._most[1] = [forwards_in_flight * tokens for tokens in self._most[1]]
         taken = [float(value) for values in self._most for value in values]
         self._most = [[0] * self._blocks for _ in range(BLOCK_FIELDS)]
         return taken

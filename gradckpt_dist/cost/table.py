@@ -26,7 +26,8 @@ class CostTable:
     ``extra_seconds`` is against ``keep``, per step; infinite where a storage does not serve a block. ``held_bytes`` are
     held from a block's forward to its backward, ``working_set_bytes`` come on top while it is in backward.
     ``squared_error`` is the squared relative error of the whole gradient that this block's storage causes; these add
-    up. ``fixed_bytes`` is what the rank holds besides.
+    up. ``fixed_bytes`` is what the rank holds besides. ``held_bytes`` are those of ``forwards_in_flight`` forwards
+    together, as many as wait for their backward at once: 1 but for pipelines.
 
     Raises:
         GradckptError: arrays of other shapes, a block without a storage, a value that is negative or not finite, or
@@ -39,6 +40,7 @@ class CostTable:
     working_set_bytes: NDArray[np.int64]
     squared_error: NDArray[np.float64]
     fixed_bytes: int = 0
+    forwards_in_flight: int = 1
 
     def __post_init__(self) -> None:
         shape = (len(self.extra_seconds), len(self.storages))
@@ -97,9 +99,12 @@ class CostTable:
     def peak_bytes_of(self, choice: Choice) -> int:
         """The most that the rank holds in backward: fixed + max over i of (held by blocks 0..i + working set of i).
 
-        Backward runs from the last block to the first, so that what later blocks held is free by then.
+        Backward runs from the last block to the first, so that what later blocks held is free by then, but for what
+        they hold for the other forwards in flight.
         """
         held = np.cumsum(self._taken(self.held_bytes, choice))
+        later = held[-1] - held
+        held += later - later // self.forwards_in_flight
         return self.fixed_bytes + int((held + self._taken(self.working_set_bytes, choice)).max())
 
     def _taken(self, array: NDArray[Any], choice: Choice) -> NDArray[Any]:

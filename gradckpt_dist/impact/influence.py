@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from gradckpt_dist.impact.norm import NormImpact, square, watched_tensors
+from gradckpt_dist.storage.parts import share_of, tokens_of
 
 SKETCH_WIDTH = 32
 
@@ -43,12 +45,11 @@ class InfluenceImpact(NormImpact):
 
     def watch(self, index: int, output: Any, inputs: Any = ()) -> None:
         super().watch(index, output, inputs)
-        # Of distributed tensors only norms are taken.
-        tensors = [leaf for leaf in tree_leaves(inputs) if type(leaf) is torch.Tensor and leaf.is_floating_point()]
+        tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
         for leaf in watched_tensors(output):
-            alike = (tensor for tensor in tensors if tensor.shape == leaf.shape and leaf.dim() > 1)
-            source = next(alike, None)
-            passage = _Passage(self._step[1:, index], None if source is None else self._sketch(source))
+            source = next((tensor for tensor in tensors if _alike(tensor, leaf)), None)
+            tokens = None if source is None else tokens_of(source)
+            passage = _Passage(self._step[1:, index], None if tokens is None else self._sketch(tokens))
             leaf.register_hook(passage.leave)  # type: ignore[no-untyped-call]
             if source is not None and source.requires_grad and source is not leaf:
                 source.register_hook(passage.arrive)  # type: ignore[no-untyped-call]
@@ -78,8 +79,19 @@ def first_order(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
     return signal, coherence, torch.where(values[3] > 0, values[2] / values[3], one)
 
 
+def _alike(source: torch.Tensor, output: torch.Tensor) -> bool:
+    """Whether a token at the input becomes the token at the same place of the output, on the same rank."""
+    same_placements = getattr(source, "placements", None) == getattr(output, "placements", None)
+    usable = source.is_floating_point() and not isinstance(source, nn.Parameter)
+    return usable and output.dim() > 1 and source.shape == output.shape and same_placements
+
+
 class _Passage:
-    """One call of a block, passed by the gradient from its output to its input."""
+    """One call of a block, passed by the gradient from its output to its input.
+
+    Of DTensors, tokens that are on other ranks are left out of the sum over tokens, as data-parallel ranks leave out
+    each other's.
+    """
 
     __slots__ = ("_cells", "_grad", "_sketch")
 
@@ -92,16 +104,18 @@ class _Passage:
     def leave(self, grad: torch.Tensor) -> None:
         """At the output. Without a sketch, the signal is ||g||^2."""
         sketch, self._sketch = self._sketch, None
-        if sketch is None or type(grad) is not torch.Tensor:
+        tokens = None if sketch is None else tokens_of(grad)
+        if sketch is None or tokens is None or tokens.numel() // tokens.shape[-1] != len(sketch):
             self._cells[0].add_(square(grad, self._cells))
             return
-        self._cells[0].add_(square(grad.flatten(0, -2).mT.to(sketch.dtype) @ sketch, self._cells))
+        signal = square(tokens.flatten(0, -2).mT.to(sketch.dtype) @ sketch, self._cells)
+        self._cells[0].add_(signal / share_of(grad)[1])
         self._grad = grad
 
     @torch.no_grad()
     def arrive(self, grad: torch.Tensor) -> None:
         """At the input."""
         behind, self._grad = self._grad, None
-        if behind is not None and type(grad) is torch.Tensor:
+        if behind is not None and _alike(grad, behind):
             self._cells[1].add_(square(grad - behind, self._cells))
             self._cells[2].add_(square(grad, self._cells))

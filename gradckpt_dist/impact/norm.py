@@ -9,13 +9,16 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from gradckpt_dist.impact.base import Impact
+from gradckpt_dist.storage.parts import share_of
 
 
 class NormImpact(Impact):
     """I_i = ||g_i||, g_i the gradient at all outputs of block i, relative to the step's mean over blocks.
 
     Each step's squares are divided by their mean, so a loss scale cancels; within a step, micro-batches and repeated
-    calls of a block add up.
+    calls of a block add up. Of a DTensor, each rank counts its part: shards add up over ranks, and of what several
+    ranks hold alike each takes an equal share. Of plain tensors, each rank counts what it has; ranks that hold the
+    same, and ranks that hold shards (sequence parallelism with local outputs), weigh alike in the mean.
     """
 
     name = "norm"
@@ -64,10 +67,14 @@ def watched_tensors(output: Any) -> list[torch.Tensor]:
 
 
 def square(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Squared norm, computed in at least single precision, with the dtype and on the device of ``like``."""
-    norm = torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+    """Squared norm, computed in at least single precision, with the dtype and on the device of ``like``.
+
+    Of a DTensor this rank's share: summed over the ranks of its mesh, it is the squared norm of the whole.
+    """
+    part, copies = share_of(tensor)
+    norm = torch.linalg.vector_norm(part, dtype=torch.promote_types(part.dtype, torch.float32))
     squared: torch.Tensor = norm.to(like.device, like.dtype).square_()
-    return squared
+    return squared if copies == 1 else squared / copies
 
 
 class _AddSquare:

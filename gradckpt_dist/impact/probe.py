@@ -81,7 +81,7 @@ def _squares(tensors: Sequence[torch.Tensor | None], like: torch.Tensor) -> torc
     total = torch.zeros((), dtype=like.dtype, device=like.device)
     for tensor in tensors:
         if tensor is not None:
-            total += square(_local(tensor), like)
+            total += square(tensor, like)
     return total
 
 
@@ -95,9 +95,3 @@ def _squared_distance(
 def _ratio(error: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
     """0 where there is nothing to be wrong; not finite where the gradient is not."""
     return torch.where(whole == 0, torch.zeros_like(whole), error / whole)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a distributed tensor: ratios are taken rank by rank."""
-    part = getattr(tensor, "_local_tensor", tensor)
-    return part if isinstance(part, torch.Tensor) else tensor

@@ -16,10 +16,10 @@ class GradientWeights:
 
     Places are: parameters registered before those of all blocks (embeddings), each block, and the other parameters
     (the head). A parameter used in two places counts in the first; FSDP1's flat parameter of what is outside of blocks
-    counts before them, to which errors are passed. Sharded gradients add up over ranks; of distributed
-    tensors, each rank counts its part of what is replicated. Each step is divided by ``Impact.step_scale``, as a loss
-    scale cancels so, and ranks that hold different shards stay comparable. Where no gradient is found (ZeRO holds them
-    elsewhere), a step teaches nothing.
+    counts before them, to which errors are passed. Sharded gradients add up over ranks; of what several ranks hold
+    alike, each counts its share: of DTensors by their placements, and of plain gradients beside DTensors by the largest
+    mesh of these. Each step is divided by ``Impact.step_scale``, as a loss scale cancels so, and ranks that hold
+    different shards stay comparable. Where no gradient is found (ZeRO holds them elsewhere), a step teaches nothing.
     """
 
     def __init__(self, root: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> None:
@@ -27,6 +27,7 @@ class GradientWeights:
         self._blocks = list(blocks)
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self._places: list[list[nn.Parameter]] = []
+        self._mesh_size = 1
         self._window = torch.zeros(len(blocks) + 3, dtype=dtype, device=device)
 
     @torch.no_grad()
@@ -34,6 +35,7 @@ class GradientWeights:
         """Look at the gradients as they are now, once in a step, whose ``Impact.step_scale`` this is."""
         if not self._places:
             self._places = self._find_places()
+            self._mesh_size = max(map(_mesh_size, self._root.parameters()), default=1)
         squares = torch.stack([self._squares(parameters) for parameters in self._places])
         total = squares.sum() / scale
         usable = torch.isfinite(total) & (total > 0)
@@ -53,11 +55,13 @@ class GradientWeights:
         total = torch.zeros((), dtype=self._window.dtype, device=self._window.device)
         for grad in gradients:
             if type(grad) is not torch.Tensor:
-                total += _own_square(grad, total)
+                # A smaller mesh is there several times among as many ranks.
+                total += square(grad, total) * (_mesh_size(grad) / self._mesh_size)
         if whole:
             precision = torch.promote_types(whole[0].dtype, torch.float32)
             norms = torch._foreach_norm(whole, dtype=precision)
-            total += torch.stack([norm.to(total.device, total.dtype) for norm in norms]).square().sum()
+            alike = torch.stack([norm.to(total.device, total.dtype) for norm in norms]).square().sum()
+            total += alike / self._mesh_size
         return total
 
     def _find_places(self) -> list[list[nn.Parameter]]:
@@ -74,10 +78,6 @@ class GradientWeights:
         return [before, *of_blocks, after]
 
 
-def _own_square(grad: Any, like: torch.Tensor) -> torch.Tensor:
-    local = getattr(grad, "_local_tensor", grad)
-    copies = 1
-    for dimension, placement in enumerate(getattr(grad, "placements", ())):
-        if placement.is_replicate():
-            copies *= grad.device_mesh.size(dimension)
-    return square(local, like) / copies
+def _mesh_size(tensor: torch.Tensor) -> int:
+    mesh: Any = getattr(tensor, "device_mesh", None)
+    return 1 if mesh is None else int(mesh.size())

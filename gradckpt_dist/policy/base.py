@@ -22,8 +22,8 @@ class Evidence:
     are None before they were measured, or where the policy needs none. ``headroom_bytes`` is the limit less the peak
     that was measured under the current mask, the least over ranks; negative where the limit was exceeded.
     ``peak_limit_bytes`` is the most that blocks may hold at once. Both are None for a budget that is a fraction.
-    ``outside_bytes`` is what the model's forward held beside its blocks. ``change_seconds`` is what a change of mask
-    costs once by itself.
+    ``outside_bytes`` is what the model's forward held beside its blocks. All bytes are those of ``forwards_in_flight``
+    forwards together. ``change_seconds`` is what a change of mask costs once by itself.
     """
 
     current: Mask
@@ -35,6 +35,7 @@ class Evidence:
     peak_limit_bytes: int | None = None
     outside_bytes: int = 0
     change_seconds: float = 0.0
+    forwards_in_flight: int = 1
 
     def bytes_of(self, storages: Sequence[str]) -> int | None:
         """Predicted bytes held by the blocks under these storages; None before they were measured.
@@ -48,15 +49,16 @@ class Evidence:
 
     def peak_of(self, storages: Sequence[str]) -> int | None:
         """As ``bytes_of``, with what a recomputed block brings back while it is in backward."""
-        if self.bytes_of(storages) is None:
+        total = self.bytes_of(storages)
+        if total is None:
             return None
-        keep = self.stored_bytes["keep"]
+        keep, forwards = self.stored_bytes["keep"], self.forwards_in_flight
         held = peak = 0
         for i, name in enumerate(storages):
-            stored = self.stored_bytes.get(name, keep)[i]
-            working_set = keep[i] if name == "recompute" else 0
-            peak = max(peak, held + stored + working_set)
-            held += stored
+            held += self.stored_bytes.get(name, keep)[i]
+            working_set = keep[i] // forwards if name == "recompute" else 0
+            later = total - held
+            peak = max(peak, held + later - later // forwards + working_set)
         return peak
 
     def process_peak_of(self, storages: Sequence[str]) -> int | None:

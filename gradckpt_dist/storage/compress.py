@@ -21,6 +21,7 @@ from gradckpt_dist.storage.context import StorageContext
 from gradckpt_dist.storage.ledger import is_parameter
 from gradckpt_dist.storage.lineage import Lineage, Role
 from gradckpt_dist.storage.noise import NoiseSource
+from gradckpt_dist.storage.parts import Shell, arrived, is_distributed
 from gradckpt_dist.storage.quantiser import DTYPES, Quantised, dequantise, quantise
 from gradckpt_dist.storage.recipe import Derivation, Key, Layout, Recipes
 from gradckpt_dist.storage.saved import (
@@ -43,9 +44,10 @@ class Compress8(Storage):
     What a cheap operation (a norm, GELU, SiLU, a product, a cast, a copy) has made of tensors that are saved as well is
     not held at all, but made of these again. Until the forward is over the block holds what ``keep`` holds. As they are
     stay: parameters, buffers, what was made of these alone (weights cast by autocast), what is not float32, float16 or
-    bfloat16, small and expanded tensors, tensor subclasses (DTensor), statistics, inputs of the block that need no
-    gradient and what was made of these alone, and on the CPU tensors with a value that is not finite. In a compiled
-    block, where the operations cannot be seen, everything else that is saved and large counts as an activation.
+    bfloat16, small and expanded tensors, tensor subclasses but DTensor, statistics, inputs of the block that need no
+    gradient and what was made of these alone, and on the CPU tensors with a value that is not finite. Of a DTensor,
+    this rank's part is quantised; its placements stay. In a compiled block, where the operations cannot be seen,
+    everything else that is saved and large counts as an activation.
 
     A gradient of the gradient would be wrong without bound: ``create_graph`` and torch.func raise ``StorageError``.
     """
@@ -167,7 +169,7 @@ class _Place:
 class _Saved:
     """A saved tensor: a view of a ``_Place``, or without one itself."""
 
-    __slots__ = ("_check", "_layout", "_name", "_place", "_tensor")
+    __slots__ = ("_check", "_layout", "_name", "_place", "_shell", "_tensor")
 
     def __init__(self, name: str, tensor: Tensor, check: VersionCheck, place: _Place | None, witness: Tensor) -> None:
         self._name = name
@@ -175,13 +177,15 @@ class _Saved:
         self._place = place
         self._layout = Layout.of(tensor) if place is not None else None
         self._tensor = witness
+        self._shell = Shell(witness) if place is not None and is_distributed(witness) else None
 
     def tensor(self) -> Tensor:
         self._check.verify()
         refuse_double_backward(self._name)
         if self._place is None or self._layout is None:
             return self._tensor
-        return self._layout.view(self._place.restored())
+        tensor = self._layout.view(self._place.restored())
+        return tensor if self._shell is None else self._shell.around(tensor)
 
 
 class CompressedCall:
@@ -207,6 +211,8 @@ class CompressedCall:
         return saved_tensors_hooks(self._pack, _unpack)
 
     def _pack(self, tensor: Tensor) -> _Saved:
+        if type(tensor) is not Tensor:
+            return self._held(tensor)
         with _DisableTorchDispatch():  # nothing of ours is one of the block's operations
             return self._held(tensor)
 
@@ -216,14 +222,15 @@ class CompressedCall:
             return _Saved(self._name, tensor, VersionCheck(tensor, tensor), None, tensor)
         # An output that kept its history would keep the node that saves it alive, and itself with it.
         tensor = tensor.detach()
-        if not is_plain(tensor):
+        part = arrived(tensor)
+        if not is_plain(part):
             return _Saved(self._name, tensor, VersionCheck(tensor, tensor), None, tensor)
-        witness = without_memory(tensor)
+        witness = without_memory(tensor if is_distributed(tensor) else part)
         check = VersionCheck(tensor, witness)
-        place = self._place(tensor, check)
-        if not is_movable(tensor) or (place.sample is not None and place.sample.dtype != tensor.dtype):
+        place = self._place(part, check)
+        if not is_movable(part) or (place.sample is not None and place.sample.dtype != part.dtype):
             place.as_is = True
-        return _Saved(self._name, tensor, check, place, witness)
+        return _Saved(self._name, part, check, place, witness)
 
     def seal(self, choice: Choice, bits: int, noise: NoiseSource) -> None:
         """End of the forward: of what is still saved, hold what ``choice`` says as codes or as what makes it."""

@@ -38,6 +38,9 @@ class HalfSelection:
     def keeps(self, occurrence: Occurrence) -> bool:
         return self.operators is None or occurrence in self.chosen
 
+    def keeps_gathered(self, args: tuple[Any, ...]) -> bool:
+        return False
+
 
 class HalfChoice:
     """What one kind of block holds.

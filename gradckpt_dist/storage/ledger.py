@@ -1,11 +1,12 @@
 """Exact count of the bytes that autograd holds for backward, in steps that are measured.
 
-Each tensor storage counts once, however many nodes save it; parameters do not count. Nothing here runs in a step that
-is not measured.
+Each tensor storage counts once, however many nodes save it; parameters do not count. Of a DTensor, this rank's part
+counts. Nothing here runs in a step that is not measured.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 from gradckpt_dist.storage.base import Forward, Storage
+from gradckpt_dist.storage.parts import part_of
 
 
 def is_parameter(tensor: torch.Tensor) -> bool:
@@ -35,7 +37,8 @@ class Measurement:
     """Bytes of one measured step on this rank. ``keep_bytes``, ``recompute_bytes``, ``stored_bytes``: by block.
 
     ``keep_bytes`` is what the block would hold (or holds) under ``keep``, ``recompute_bytes`` under ``recompute``,
-    ``stored_bytes`` under the storage in force. ``held_bytes`` is the most that was held at once;
+    ``stored_bytes`` under the storage in force, in as many forwards as wait for their backward at once:
+    ``forwards_in_flight``, which is 1 but for pipelines. ``held_bytes`` is the most that was held at once;
     ``peak_bytes`` adds what a recomputation brings back while its block is in backward.
     """
 
@@ -44,6 +47,7 @@ class Measurement:
     stored_bytes: tuple[int, ...]
     held_bytes: int
     peak_bytes: int
+    forwards_in_flight: int = 1
 
 
 class Ledger:
@@ -59,6 +63,9 @@ class Ledger:
         self._recompute = _PerForward(blocks)
         self._stored = _PerForward(blocks)
         self._hooks: saved_tensors_hooks | None = None
+        self.forward: _Forward | None = None
+        self._in_flight: weakref.WeakSet[_Forward] = weakref.WeakSet()
+        self._most_in_flight = 1
 
     @staticmethod
     def available() -> bool:
@@ -70,14 +77,17 @@ class Ledger:
         if self._hooks is None:
             self._hooks = saved_tensors_hooks(self._pack, _unpack)
             self._hooks.__enter__()
+            self.forward = _Forward()
+            self._in_flight.add(self.forward)
 
     def end_forward(self) -> None:
         """Stop counting what is saved; what was counted stays so until it is freed."""
-        if self._hooks is not None:
+        if self._hooks is not None and self.forward is not None:
             self._hooks.__exit__(None, None, None)
-            self._hooks = None
             for per_block in (self._keep, self._recompute, self._stored):
-                per_block.close()
+                per_block.close(self.forward)
+            self._hooks = self.forward = None
+            self._most_in_flight = max(self._most_in_flight, len(self._in_flight))
 
     def run(self, index: int, storage: Storage, forward: Forward, args: Any, kwargs: Any) -> Any:
         """Call ``storage.run(forward, *args, **kwargs)`` for the block at ``index`` and book its bytes."""
@@ -111,23 +121,24 @@ class Ledger:
             stored_bytes=self._stored.most(),
             held_bytes=self._held_bytes,
             peak_bytes=max(self._held_bytes, self._peak_bytes),
+            forwards_in_flight=self._most_in_flight,
         )
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether this tensor's storage is counted now."""
-        return tensor.untyped_storage()._cdata in self._refs
+        return part_of(tensor).untyped_storage()._cdata in self._refs
 
     def note_working_set(self, extra_bytes: int) -> None:
         """A recomputation has brought back ``extra_bytes`` on top of what is held."""
         self._peak_bytes = max(self._peak_bytes, self.live_bytes + extra_bytes)
 
     def _new_bytes(self, leaves: Sequence[Any]) -> int:
-        sizes = {
-            leaf.untyped_storage()._cdata: leaf.untyped_storage().nbytes()
+        storages = [
+            part_of(leaf).untyped_storage()
             for leaf in leaves
             if isinstance(leaf, torch.Tensor) and _countable(leaf) and not self.holds(leaf)
-        }
-        return sum(sizes.values())
+        ]
+        return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
     def _pack(self, tensor: torch.Tensor) -> Any:
         # An output that kept its history would keep the node that saves it alive, and itself with it.
@@ -149,16 +160,23 @@ class Ledger:
             self._saved_bytes -= size_bytes
 
 
+class _Forward:
+    """A forward of the model, in flight for as long as something that was saved in it refers to this object."""
+
+    __slots__ = ("__weakref__",)
+
+
 class _Held:
     """A saved tensor that is counted for as long as autograd holds this object."""
 
-    __slots__ = ("_key", "_ledger", "_size_bytes", "_tensor", "_version")
+    __slots__ = ("_forward", "_key", "_ledger", "_size_bytes", "_tensor", "_version")
 
     def __init__(self, tensor: torch.Tensor, ledger: Ledger) -> None:
-        storage = tensor.untyped_storage()
+        storage = part_of(tensor).untyped_storage()
         self._tensor = tensor
         self._version = tensor._version
         self._ledger = ledger
+        self._forward = ledger.forward
         self._key = storage._cdata
         self._size_bytes = storage.nbytes()
         ledger._acquire(self._key, self._size_bytes)
@@ -195,17 +213,18 @@ class _Inside:
             yield
             return
         pack, unpack = top
+        forward = self._ledger.forward
         seen: dict[StorageWeakRef, int] = {}
 
         def count(tensor: torch.Tensor) -> Any:
             if _countable(tensor) and (self.first or not self._ledger.holds(tensor)):
                 # The weak reference keeps the storage's identity from being used again while it is in `seen`.
-                storage = tensor.untyped_storage()
+                storage = part_of(tensor).untyped_storage()
                 seen.setdefault(StorageWeakRef(storage), storage.nbytes())  # type: ignore[no-untyped-call]
-            return pack(tensor)
+            return pack(tensor), forward
 
         def restore(packed: Any) -> torch.Tensor:
-            tensor: torch.Tensor = unpack(packed)
+            tensor: torch.Tensor = unpack(packed[0])
             # A storage may hold more now, or have made anew what nobody holds: what it has brought back.
             self._ledger.note_working_set(self._restored_bytes(tensor) if self._restores else 0)
             return tensor
@@ -224,23 +243,26 @@ class _Inside:
         alive = (item for item in self._restored.items() if not item[0].expired())  # type: ignore[no-untyped-call]
         self._restored = dict(alive)
         if _countable(tensor) and not self._ledger.holds(tensor):
-            storage = tensor.untyped_storage()
+            storage = part_of(tensor).untyped_storage()
             self._restored[StorageWeakRef(storage)] = storage.nbytes()  # type: ignore[no-untyped-call]
         return sum(self._restored.values())
 
 
 class _PerForward:
-    """Bytes by block: summed over the calls within one forward of the model, the most over forwards."""
+    """Bytes by block: summed over the calls within a forward of the model and over the forwards in flight; the most."""
 
     def __init__(self, blocks: int) -> None:
         self._now = [0] * blocks
         self._most = [0] * blocks
+        self._in_flight: weakref.WeakKeyDictionary[_Forward, list[int]] = weakref.WeakKeyDictionary()
 
     def add(self, index: int, value: int) -> None:
         self._now[index] += value
 
-    def close(self) -> None:
-        self._most = [max(pair) for pair in zip(self._most, self._now, strict=True)]
+    def close(self, forward: _Forward) -> None:
+        self._in_flight[forward] = self._now
+        together = [sum(values) for values in zip(*self._in_flight.values(), strict=True)]
+        self._most = [max(pair) for pair in zip(self._most, together, strict=True)]
         self._now = [0] * len(self._now)
 
     def most(self) -> tuple[int, ...]:
@@ -252,4 +274,5 @@ def _unpack(held: Any) -> torch.Tensor:
 
 
 def _countable(tensor: torch.Tensor) -> bool:
-    return not is_parameter(tensor) and type(tensor) is torch.Tensor and tensor.layout is torch.strided
+    part = part_of(tensor)
+    return not is_parameter(tensor) and type(part) is torch.Tensor and part.layout is torch.strided

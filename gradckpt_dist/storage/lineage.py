@@ -13,6 +13,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradckpt_dist.storage.ledger import is_parameter
+from gradckpt_dist.storage.parts import part_of
 from gradckpt_dist.storage.recipe import Recipes
 
 
@@ -129,8 +130,11 @@ def _is_attention(func: Any) -> bool:
 
 
 def _has_storage(value: Any) -> bool:
-    return isinstance(value, Tensor) and type(value) in {Tensor, nn.Parameter} and value.layout is torch.strided
+    if not isinstance(value, Tensor):
+        return False
+    part = part_of(value)
+    return type(part) in {Tensor, nn.Parameter} and part.layout is torch.strided
 
 
 def _key(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+    return int(part_of(tensor).untyped_storage()._cdata)

@@ -15,6 +15,7 @@ from gradckpt_dist.storage.base import Forward, Storage
 from gradckpt_dist.storage.context import StorageContext
 from gradckpt_dist.storage.lane import Fetchable, OffloadLane
 from gradckpt_dist.storage.ledger import is_parameter
+from gradckpt_dist.storage.parts import Shell, arrived, is_distributed
 from gradckpt_dist.storage.saved import (
     Account,
     Kept,
@@ -30,9 +31,10 @@ class Offload(Storage):
     """Copies each saved storage once to pinned host memory, beside the computation, and back before it is needed.
 
     When a block's backward begins, the block that comes after it in backward is fetched, so that at most two are back
-    at a time. Parameters, buffers, small and expanded tensors, tensor subclasses, and what is not on the device of the
-    block's inputs stay as they are; so does what the lane's limit does not admit. A graph that is retained after
-    backward stays on the device until it is freed. The path for devices with streams has not yet run on a GPU.
+    at a time. Parameters, buffers, small and expanded tensors, tensor subclasses but DTensor, and what is not on the
+    device of the block's inputs stay as they are; so does what the lane's limit does not admit. Of a DTensor, this
+    rank's part is moved. A graph that is retained after backward stays on the device until it is freed. The path for
+    devices with streams has not yet run on a GPU.
     """
 
     name = "offload"
@@ -106,14 +108,16 @@ class HostCopy:
 class _Saved:
     """A saved tensor whose storage is on the host, or without a ``copy`` one that has stayed."""
 
-    __slots__ = ("_call", "_check", "_copy", "_dtype", "_kept", "_place", "_tensor")
+    __slots__ = ("_call", "_check", "_copy", "_dtype", "_kept", "_place", "_shell", "_tensor")
 
     def __init__(self, tensor: torch.Tensor, call: _Call, copy: HostCopy | None, kept: Kept | None) -> None:
         self._call = call
         self._copy = copy
         self._kept = kept
         self._dtype = tensor.dtype
-        self._place = (tensor.storage_offset(), tensor.shape, tensor.stride()) if copy is not None else None
+        part = arrived(tensor)
+        self._place = (part.storage_offset(), part.shape, part.stride()) if copy is not None else None
+        self._shell = Shell(tensor) if copy is not None and is_distributed(tensor) else None
         self._tensor = tensor if copy is None else without_memory(tensor)
         self._check = VersionCheck(tensor, self._tensor)
 
@@ -122,7 +126,9 @@ class _Saved:
         self._call.begin_backward()
         if self._copy is None or self._place is None:
             return self._tensor
-        return torch.empty(0, dtype=self._dtype, device=self._tensor.device).set_(self._copy.arrive(), *self._place)
+        empty = torch.empty(0, dtype=self._dtype, device=self._tensor.device)
+        tensor = empty.set_(self._copy.arrive(), *self._place)
+        return tensor if self._shell is None else self._shell.around(tensor)
 
 
 class _Call:
@@ -145,12 +151,14 @@ class _Call:
             return _Saved(tensor, self, None, None)
         # An output that kept its history would keep the node that saves it alive, and itself with it.
         tensor = tensor.detach()
-        if not is_plain(tensor):
+        part = arrived(tensor)
+        if not is_plain(part):
             return _Saved(tensor, self, None, None)
-        storage = tensor.untyped_storage()
+        tensor = tensor if is_distributed(tensor) else part
+        storage = part.untyped_storage()
         key = (storage._cdata, tensor._version)
         if key not in self._seen:
-            self._seen[key] = (StorageWeakRef(storage), self._put(tensor, storage))  # type: ignore[no-untyped-call]
+            self._seen[key] = (StorageWeakRef(storage), self._put(part, storage))  # type: ignore[no-untyped-call]
         place = self._seen[key][1]
         return _Saved(tensor, self, place, None) if isinstance(place, HostCopy) else _Saved(tensor, self, None, place)
 

@@ -28,7 +28,7 @@ _NOT_WORTH_HOLDING = re.compile(
     r"|new_\w+|rand\w*|scalar_tensor|arange\w*|_local_scalar_dense|\w*batch_norm\w*|_efficientzerotensor"
 )
 _FUNCTIONAL_COLLECTIVES = ("_c10d_functional", "_c10d_functional_autograd", "c10d_functional", "symm_mem")
-_NOT_HELD_COLLECTIVES = re.compile(r"wait_tensor|_wrap_tensor\w*|all_gather\w*")
+_NOT_HELD_COLLECTIVES = re.compile(r"wait_tensor|_wrap_tensor\w*")
 _PLAIN = (int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 Occurrence = tuple[Any, int]
@@ -41,7 +41,7 @@ class Kind(Enum):
     EXPENSIVE = "expensive"
     """Matrix products, convolutions, attention: worth the bytes of its output."""
     COMMUNICATION = "communication"
-    """A functional collective; gathers are left out, which hold more than what they were made of."""
+    """A functional collective."""
     ROUTING = "routing"
     """Small discrete results that a rounding difference would flip."""
     CHEAP = "cheap"
@@ -56,13 +56,15 @@ class Kind(Enum):
 class Operation:
     """One operator, as ``describe`` sees it.
 
-    ``local``: it certainly does nothing but compute on this rank. ``attends``: it is attention. ``writes``: positions
-    and names of the arguments that it may change; None for all of them. ``random``: it may advance a generator;
-    ``dropout``: position of the argument that is 0 where it does not.
+    ``local``: it certainly does nothing but compute on this rank. ``gathers``: its result holds more than what it was
+    made of. ``attends``: it is attention. ``writes``: positions and names of the arguments that it may change; None for
+    all of them. ``random``: it may advance a generator; ``dropout``: position of the argument that is 0 where it does
+    not.
     """
 
     kind: Kind
     local: bool = False
+    gathers: bool = False
     attends: bool = False
     writes: tuple[tuple[int, str], ...] | None = ()
     random: bool = False
@@ -100,6 +102,7 @@ def describe(function: Any) -> Operation:
     return Operation(
         kind=_kind(function, random),
         local=function.namespace == "aten",
+        gathers=function.namespace in _FUNCTIONAL_COLLECTIVES and "all_gather" in schema.name,
         attends=re.search("attn|attention", schema.name) is not None,
         random=random,
         dropout=names.index("dropout_p") if "dropout_p" in names else None,
@@ -126,7 +129,8 @@ def _kind(function: OpOverload[..., Any], random: bool) -> Kind:
 def signature(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """What must be alike for two calls to be taken as the same call, run again; hashable.
 
-    The operator, the shapes and dtypes of tensors, which parameter a tensor is or is a view of, other arguments.
+    The operator, the shapes, dtypes and placements of tensors, which parameter a tensor is or is a view of, other
+    arguments.
     """
     positional = [_key(value) for value in args]
     if not kwargs:
@@ -139,7 +143,7 @@ def _key(value: Any) -> Any:
         owner = value if isinstance(value, nn.Parameter) else value._base
         if isinstance(owner, nn.Parameter):
             return value.shape, value.dtype, id(owner), value.storage_offset()
-        return value.shape, value.dtype
+        return value.shape, value.dtype, getattr(value, "placements", None)
     if isinstance(value, list | tuple):
         return tuple(_key(item) for item in value)
     return value if isinstance(value, _PLAIN) else type(value)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from gradckpt_dist.storage.parts import is_distributed, part_of
 
 SMALL_BYTES = 16 * 1024
 """Tensors whose storage is smaller stay as they are."""
@@ -79,14 +82,19 @@ def is_movable(tensor: Tensor) -> bool:
 
 def buffer_storages(block: nn.Module) -> set[int]:
     """Identities of the storages of the block's buffers."""
-    return {buffer.untyped_storage()._cdata for buffer in block.buffers() if is_plain(buffer)}
+    parts = map(part_of, block.buffers())
+    return {part.untyped_storage()._cdata for part in parts if is_plain(part)}
 
 
 def without_memory(tensor: Tensor) -> Tensor:
     """A tensor that shares this one's version counter and not its storage."""
-    probe = tensor.detach()
-    probe.data = _empty(tensor.dtype, tensor.device)
-    return probe
+    probe: Any = tensor.detach()
+    nothing = _empty(tensor.dtype, tensor.device)
+    if is_distributed(tensor):
+        probe._local_tensor = nothing
+    else:
+        probe.data = nothing
+    return probe  # type: ignore[no-any-return]
 
 
 @cache

@@ -23,8 +23,9 @@ from gradckpt_dist.storage.stopwatch import Stopwatch
 
 
 class Selective(Recompute):
-    """Runs no matrix product, convolution, attention, collective (but gathers) or routing decision a second time.
+    """Runs no matrix product, convolution, attention, collective or routing decision a second time.
 
+    Weights that are gathered inside the block are gathered again, as no more than their shards may be held.
     Their outputs are held under the saved-tensor hooks that are in force around the block, so that they count, and
     move, like the tensors that autograd saves; each is let go as the run in backward takes it. A second backward
     through a retained graph runs everything again. ``recomputes`` counts runs in backward that found nothing held.
@@ -35,11 +36,13 @@ class Selective(Recompute):
     name = "selective"
 
     def _passes(self, inputs: tuple[Any, ...]) -> Passes:
-        return SelectivePasses(self, AllExpensive())
+        return SelectivePasses(self, AllExpensive(gathers_of=self.block))
 
 
 class SelectiveHalf(Selective):
     """Holds at most half of what ``keep`` does, inputs included: the outputs that save the most time for their bytes.
+
+    What was gathered is gathered again.
 
     The first calls of each kind of block (class, structure, parameters, inputs, autocast) are profiled; all blocks of
     that kind share the choice. Ranks may choose differently, which changes no gradient: what may communicate is always

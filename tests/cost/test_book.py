@@ -78,8 +78,20 @@ def test_costs_scale_with_the_tokens_of_a_step_a_forward_and_a_call() -> None:
     assert costs.extra_seconds(0, "recompute") == pytest.approx(2.8)
     assert costs.held_bytes(0, "recompute") == 200
     assert costs.working_set_bytes(0, "recompute") == 300
-    assert costs.probe_bytes(0) == 500
+    assert costs.probe_bytes(0) == 400
     assert costs.probe_bytes(1) is None
+
+
+def test_forwards_in_flight_hold_together() -> None:
+    book = _book()
+    book.note_bytes(0, "recompute", 10, _measurement(100, 400))
+    book.note_runs(0, 10, {"keep": (0.0, 1.0), "recompute": (0.0, 2.0)})
+    _step(book, (0, 10))
+    costs = Costs(KINDS, NAMES)
+    costs.update(book.take_maxima(forwards_in_flight=3))
+    assert costs.held_bytes(0, "recompute") == 300
+    assert costs.working_set_bytes(0, "recompute") == 300
+    assert costs.extra_seconds(0, "recompute") == pytest.approx(1.0)
 
 
 def test_another_shape_is_measured_anew_and_the_largest_of_the_window_counts() -> None:

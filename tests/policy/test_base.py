@@ -30,6 +30,15 @@ def test_peak_has_the_working_set_of_one_recomputed_block() -> None:
     assert evidence.peak_of(("keep", "recompute", "recompute")) == 450
 
 
+def test_other_forwards_in_flight_hold_what_later_blocks_hold_for_them() -> None:
+    evidence = Evidence(current=MASK, impacts=(), stored_bytes=BYTES, forwards_in_flight=2)
+    assert evidence.peak_of(("keep", "keep", "keep")) == 600
+    # In the last block's backward 10 + 20 + 30 are held by two forwards, and one brings back 150.
+    assert evidence.peak_of(("recompute", "recompute", "recompute")) == 210
+    # In that of the second: 20 + 20, of the last 150 of 300, and 100 come back.
+    assert evidence.peak_of(("recompute", "recompute", "keep")) == 330
+
+
 def test_nothing_is_predicted_before_a_measurement() -> None:
     evidence = Evidence(current=MASK, impacts=(1.0, 1.0, 1.0), stored_bytes={})
     assert evidence.bytes_of(MASK.storages) is None

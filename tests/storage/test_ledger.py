@@ -180,14 +180,32 @@ def test_a_saved_tensor_that_is_modified_in_place_still_raises() -> None:
         output.sum().backward()
 
 
-def test_micro_batches_take_the_most_of_each_block_and_the_sum_while_both_are_alive() -> None:
-    counted = Counted("keep")
-    first, second = counted.forward(), counted.forward(torch.randn(2 * ROWS, WIDTH).requires_grad_())
+def _twice_as_many_rows() -> Tensor:
+    return torch.randn(2 * ROWS, WIDTH).requires_grad_()
+
+
+@pytest.mark.parametrize("storage", ["keep", "recompute", "compress8", "selective", "offload"])
+def test_micro_batches_add_up_while_they_wait_for_their_backward(storage: str) -> None:
+    counted = Counted(storage)
+    first, second = counted.forward(), counted.forward(_twice_as_many_rows())
     (first.sum() + second.sum()).backward()
     measured = counted.ledger.measurement()
-    assert measured.keep_bytes == measured.stored_bytes == (2 * SAVED,)
-    assert measured.held_bytes == 3 * SAVED
+    assert measured.keep_bytes == (3 * SAVED,)
+    assert measured.recompute_bytes == (3 * INPUT,)
+    assert measured.stored_bytes == (measured.held_bytes,)
+    assert storage not in {"keep", "recompute"} or measured.stored_bytes == getattr(measured, f"{storage}_bytes")
+    assert measured.forwards_in_flight == 2
     assert counted.ledger.live_bytes == 0
+
+
+@pytest.mark.parametrize("storage", ["keep", "recompute", "compress8", "selective", "offload"])
+def test_micro_batches_one_after_the_other_take_the_most(storage: str) -> None:
+    counted = Counted(storage)
+    for x in (None, _twice_as_many_rows(), None):
+        counted.forward(x).sum().backward()
+    measured = counted.ledger.measurement()
+    assert measured.keep_bytes == (2 * SAVED,)
+    assert measured.forwards_in_flight == 1
 
 
 def test_a_block_called_twice_in_a_forward_adds_up() -> None:

@@ -77,11 +77,11 @@ def test_kinds_of_collectives() -> None:
     import torch.distributed._functional_collectives  # defines them
 
     functional = torch.ops._c10d_functional
-    for held in ("all_reduce", "reduce_scatter_tensor", "all_to_all_single", "broadcast"):
-        operation = describe(getattr(functional, held).default)
+    for sent in ("all_reduce", "reduce_scatter_tensor", "all_to_all_single", "broadcast", "all_gather_into_tensor"):
+        operation = describe(getattr(functional, sent).default)
         assert (operation.kind, operation.local) == (Kind.COMMUNICATION, False)
-    for run_again in ("all_gather_into_tensor", "wait_tensor"):
-        assert describe(getattr(functional, run_again).default).kind is Kind.OTHER
+        assert operation.gathers is (sent == "all_gather_into_tensor")
+    assert describe(functional.wait_tensor.default).kind is Kind.OTHER
     in_place = describe(torch.ops.c10d.allreduce_.default)
     assert in_place.kind is Kind.WRITES
     tensor = torch.ones(2)

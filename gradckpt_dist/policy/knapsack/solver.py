@@ -52,9 +52,10 @@ class Infeasible:
 
 
 def solve(costs: CostTable, *, peak_bytes: int, squared_error: float) -> Solution | Infeasible:
-    """The plan of fewest extra seconds whose peak and squared error are within these limits.
+    """The plan of fewest extra seconds whose peak and squared error are within these limits, for one forward at a time.
 
-    The peak is ``CostTable.peak_bytes_of``. Deterministic; among equal blocks those that hold less come first.
+    The peak is ``CostTable.peak_bytes_of`` but for other forwards in flight. Deterministic; among equal blocks those
+    that hold less come first.
     """
     solved = _solve(costs, peak_bytes, squared_error, rounded_up=False)
     if isinstance(solved, Solution) and solved.squared_error > squared_error:
