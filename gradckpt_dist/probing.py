@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -65,9 +66,21 @@ class ProbeSchedule:
         number -= len(firsts) * CALIBRATION_VISITS
         if number < 0:
             return (ProbeTurn(block=firsts[number % len(firsts)], storages=self.storages, rounds=2),)
-        items_per_sample = SHARE * len(self.kinds) * self.interval / self.samples / 2
-        first, last = int(items_per_sample * number), int(items_per_sample * (number + 1))
+        first, last = int(self._items_per_sample * number), int(self._items_per_sample * (number + 1))
         return tuple(map(self._item, range(first, min(last, first + len(self.kinds)))))
+
+    def blocks(self, first: int, last: int) -> tuple[int, ...]:
+        """The blocks that have a turn in the sampled steps from ``first`` up to ``last``, each once, in their order."""
+        return tuple(dict.fromkeys(turn.block for number in range(first, last) for turn in self.turns(number)))
+
+    @property
+    def most_blocks(self) -> int:
+        """At least as many as have a turn in one interval."""
+        return max(self.samples, math.ceil(self._items_per_sample * self.samples) + 1)
+
+    @property
+    def _items_per_sample(self) -> float:
+        return SHARE * len(self.kinds) * self.interval / self.samples / 2
 
     def _item(self, item: int) -> ProbeTurn:
         sweep, block = divmod(item, len(self.kinds))

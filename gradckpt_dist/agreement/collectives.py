@@ -57,8 +57,12 @@ class Agreement(ABC):
         """
 
     @abstractmethod
-    def announce(self, decision: Decision | None, blocks: int) -> None:
-        """Start the broadcast; rank 0 gives its decision on ``blocks`` blocks, the others None."""
+    def add_up(self, sums: torch.Tensor, maxima: Sequence[float], step: int) -> tuple[list[float], list[float]] | None:
+        """What ``launch`` and ``collect`` would give, now; None if not all ranks call it at this step, in seconds."""
+
+    @abstractmethod
+    def announce(self, decision: Decision | None, blocks: int, step: int) -> None:
+        """Start the broadcast of what was launched at ``step``; rank 0 gives its decision, the others None."""
 
     @abstractmethod
     def receive(self, blocks: Sequence[str], epoch: int) -> Decision:
@@ -89,7 +93,10 @@ class LocalAgreement(Agreement):
         sums, maxima = self._launched
         return sums.tolist(), maxima
 
-    def announce(self, decision: Decision | None, blocks: int) -> None:
+    def add_up(self, sums: torch.Tensor, maxima: Sequence[float], step: int) -> tuple[list[float], list[float]] | None:
+        return sums.tolist(), list(maxima)
+
+    def announce(self, decision: Decision | None, blocks: int, step: int) -> None:
         self._decision = decision
 
     def receive(self, blocks: Sequence[str], epoch: int) -> Decision:
@@ -127,7 +134,7 @@ class GroupAgreement(Agreement):
         self._step, self._epoch = step, epoch
         marks = (step, -step, epoch, -epoch)
         most = torch.tensor([*marks, *maxima], dtype=torch.float64).to(self._device, non_blocking=True)
-        self._guard(lambda: self._start_reductions(sums, most))
+        self._reductions = self._guard(lambda: self._start_reductions(sums, most))
 
     def collect(self) -> tuple[list[float], list[float]]:
         (sums, sums_work), (most, most_work) = self._reductions
@@ -140,7 +147,18 @@ class GroupAgreement(Agreement):
             self._roll_call.compare(here, self._step)
         return total, maxima
 
-    def announce(self, decision: Decision | None, blocks: int) -> None:
+    def add_up(self, sums: torch.Tensor, maxima: Sequence[float], step: int) -> tuple[list[float], list[float]] | None:
+        self._step = step
+        if not self._guard(lambda: self._roll_call.all_here(step)):
+            return None
+        most = torch.tensor(maxima, dtype=torch.float64).to(self._device)
+        started = self._guard(lambda: self._start_reductions(sums, most))
+        total, largest = self._guard(lambda: [self._finish(*pair).tolist() for pair in started])
+        return total, largest
+
+    def announce(self, decision: Decision | None, blocks: int, step: int) -> None:
+        self._step = step
+
         def start() -> None:
             self._message = self._new_message(decision, blocks)
             self._message_work = dist.broadcast(
@@ -193,9 +211,9 @@ class GroupAgreement(Agreement):
         spare = _spare_groups.setdefault(_get_default_group(), {})
         return spare.setdefault((tuple(self._global_ranks), self._timeout_seconds), [])
 
-    def _start_reductions(self, sums: torch.Tensor, most: torch.Tensor) -> None:
+    def _start_reductions(self, sums: torch.Tensor, most: torch.Tensor) -> tuple[tuple[torch.Tensor, dist.Work], ...]:
         group = self._own_group()
-        self._reductions = tuple(
+        return tuple(
             (tensor, dist.all_reduce(tensor, op=op, group=group, async_op=True))
             for tensor, op in ((sums, dist.ReduceOp.SUM), (most, dist.ReduceOp.MAX))
         )

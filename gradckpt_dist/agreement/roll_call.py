@@ -6,6 +6,7 @@ Texts are JSON and are parsed as data, never evaluated or unpickled.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -15,7 +16,12 @@ from torch.distributed.distributed_c10d import Store
 
 from gradckpt_dist.errors import AgreementError
 
+logger = logging.getLogger("gradckpt_dist")
+
 Facts = Mapping[str, Any]
+
+JOINED_SECONDS = 10.0
+"""How much later than the first the last rank may come to save its state, and still be part of it."""
 
 _MAX_TEXT_BYTES = 1 << 22
 _LAST_WORDS_SECONDS = 10.0
@@ -34,6 +40,8 @@ class RollCall:
         self._ranks = ranks
         self._timeout = timedelta(seconds=timeout_seconds)
         self._calls = 0
+        self._asked = 0
+        self._left_alone = False
 
     def compare(self, facts: Facts, step: int) -> None:
         """Return once every rank has given equal facts. Called by all ranks, in the same order of calls.
@@ -58,6 +66,29 @@ class RollCall:
         elif not self._verdict_arrived(call, verdict_key):
             raise AgreementError(f"no word within {self._timeout.total_seconds():g} s", rank=self._ranks[0], step=step)
         return self._read(verdict_key)
+
+    def all_here(self, step: int) -> bool:
+        """Whether every rank makes this call, its first, second and so on, at this step and within ``JOINED_SECONDS``.
+
+        The same on all ranks: the first one that has waited in vain says so for all. It does not wait another time.
+        """
+        if self._left_alone:
+            return False
+        self._asked += 1
+        call = f"here/{self._asked}/{step}"
+        seconds = min(JOINED_SECONDS, self._timeout.total_seconds())
+        complete = self._store.add(f"{call}/count", 1) == len(self._ranks)
+        complete = complete or self._arrived([f"{call}/verdict"], timedelta(seconds=seconds))
+        verdict = self._store.compare_set(f"{call}/verdict", "", "yes" if complete else "no")
+        self._left_alone = verdict != b"yes"
+        if self._left_alone:
+            logger.warning(
+                "gradckpt: state_dict() on rank %d was not joined by all others within %g s: this state and later ones "
+                "leave out what was gathered since the last decision; call it on every rank after the same step",
+                self._rank,
+                seconds,
+            )
+        return not self._left_alone
 
     def survivors(self) -> list[int]:
         """The ranks that have also seen a collective fail; those left out are dead or stuck.
