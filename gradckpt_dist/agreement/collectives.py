@@ -148,7 +148,6 @@ class GroupAgreement(Agreement):
         return total, maxima
 
     def add_up(self, sums: torch.Tensor, maxima: Sequence[float], step: int) -> tuple[list[float], list[float]] | None:
-        self._step = step
         if not self._guard(lambda: self._roll_call.all_here(step)):
             return None
         most = torch.tensor(maxima, dtype=torch.float64).to(self._device)
