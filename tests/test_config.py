@@ -271,3 +271,22 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
     (tmp_path / "folder.yaml").mkdir()
     with pytest.raises(ConfigError, match="cannot be read"):
         Config.from_file(tmp_path / "folder.yaml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "gradckpt: !!python/object/apply:pathlib.Path.touch [{marker}]",
+        "gradckpt:\n  log_dir: !!python/object/apply:os.system ['touch {marker}']",
+        "gradckpt:\n  policy: !!python/name:os.system",
+        "gradckpt:\n  policy: os.system\n  impact: gradckpt_dist.impact.norm.NormImpact",
+        "gradckpt:\n  storages: [keep, recompute, my_package.my_storage]",
+        "gradckpt:\n  interval: __import__('os').system('touch {marker}')",
+    ],
+)
+def test_a_file_runs_no_code(text: str, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    (tmp_path / "c.yaml").write_text(text.replace("{marker}", str(marker)), encoding="utf-8")
+    with pytest.raises(ConfigError):
+        Config.from_file(tmp_path / "c.yaml")
+    assert not marker.exists()

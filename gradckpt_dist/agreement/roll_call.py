@@ -56,16 +56,16 @@ class RollCall:
             cause = str(error).splitlines()[0]
             raise AgreementError(f"the store of the process group cannot be reached: {cause}", step=step) from error
         if verdict is not None:
-            raise AgreementError(str(verdict["reason"]), rank=int(verdict["rank"]), step=step)
+            raise AgreementError(verdict["reason"], rank=verdict["rank"], step=step)
 
-    def _confer(self, call: str, facts: Facts, step: int) -> Any:
+    def _confer(self, call: str, facts: Facts, step: int) -> dict[str, Any] | None:
         self._store.set(f"{call}/{self._rank}", json.dumps(facts))
         verdict_key = f"{call}/verdict"
         if self._rank == self._ranks[0]:
             self._store.set(verdict_key, json.dumps(self._judge(call)))
         elif not self._verdict_arrived(call, verdict_key):
             raise AgreementError(f"no word within {self._timeout.total_seconds():g} s", rank=self._ranks[0], step=step)
-        return self._read(verdict_key)
+        return self._read_verdict(verdict_key)
 
     def all_here(self, step: int) -> bool:
         """Whether every rank makes this call, its first, second and so on, at this step and within ``JOINED_SECONDS``.
@@ -104,7 +104,7 @@ class RollCall:
             if len(alive) == len(keys) or time.monotonic() > deadline:
                 break
             if self._store.check([_MISSING_KEY]):
-                missing = self._read(_MISSING_KEY)
+                missing = self._read_missing()
                 return [rank for rank in self._ranks if rank == self._rank or rank not in missing]
             time.sleep(0.05)
         self._store.set(_MISSING_KEY, json.dumps([rank for rank in self._ranks if rank not in alive]))
@@ -149,6 +149,18 @@ class RollCall:
         if not isinstance(facts, dict):
             raise AgreementError(f"the text under {key!r} is no JSON object")
         return facts
+
+    def _read_verdict(self, key: str) -> dict[str, Any] | None:
+        verdict = None if self._store.get(key) == b"null" else self._read_facts(key)
+        if verdict is None:
+            return None
+        if verdict.get("rank") not in self._ranks or not isinstance(verdict.get("reason"), str):
+            raise AgreementError(f"the text under {key!r} is no verdict: {verdict}", rank=self._ranks[0])
+        return dict(verdict)
+
+    def _read_missing(self) -> list[int]:
+        missing = self._read(_MISSING_KEY)
+        return [rank for rank in self._ranks if isinstance(missing, list) and rank in missing]
 
     def _read(self, key: str) -> Any:
         text = self._store.get(key)

@@ -26,6 +26,9 @@ def _trained(folder: Path, deaths: list[str]) -> list[dict[int, list[tuple[int, 
         timeout_seconds=280,
         OMP_NUM_THREADS="1",
         PYTHONPATH=paths,
+        # Ranks of a second life find the addresses of the first in torchrun's own store, and gloo connects to these
+        # (torch 2.13, whatever the script); with this, rank 0 hosts a new store in each life.
+        TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
     )
     assert done.returncode == 0, done.stderr
     records = []
