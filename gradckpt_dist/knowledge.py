@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -11,7 +10,7 @@ from torch import nn
 
 from gradckpt_dist.config import LOSSY_STORAGES, Config
 from gradckpt_dist.cost import CostTable
-from gradckpt_dist.cost.agreed import Costs
+from gradckpt_dist.cost.agreed import MOST_BYTES, Costs
 from gradckpt_dist.cost.budget import Budget
 from gradckpt_dist.cost.kind import kinds_of
 from gradckpt_dist.impact import IMPACTS, RunningImpact
@@ -80,7 +79,7 @@ class Knowledge:
         scalars = _BYTES_BY_BLOCK * self._scope.blocks
         self._update_bytes(maxima[:scalars], maxima[scalars : scalars + 3], mask)
         available, self.plugin_seconds = maxima[scalars + 3 : scalars + _SCALARS]
-        self.available_bytes = int(-available) if math.isfinite(available) else self.available_bytes
+        self.available_bytes = int(-available) if 0 <= -available <= MOST_BYTES else self.available_bytes
         if self.costs is not None and self.errors is not None:
             probes_size = self._scope.blocks * block_fields(len(self._scope.lossy)) + 1
             self.errors.update(sums[impact_size : impact_size + probes_size], sums[impact_size + probes_size :])
@@ -165,7 +164,7 @@ class Knowledge:
         self._costs_table = self._table()
 
     def _update_bytes(self, by_block: Sequence[float], totals: Sequence[float], mask: Mask) -> None:
-        if not all(math.isfinite(value) for value in (*by_block, *totals)) or not totals[0]:
+        if not all(0 <= value <= MOST_BYTES for value in (*by_block, *totals)) or not totals[0]:
             return
         held, peak, process_peak = (int(value) for value in totals)
         blocks = self._scope.blocks

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gradckpt_dist.impact.base import LARGEST_SUM
 from gradckpt_dist.impact.influence import first_order
 from gradckpt_dist.impact.probe import block_fields
 
@@ -59,11 +60,11 @@ class ExpectedErrors:
 
     def update(self, sums: Sequence[float], weights: Sequence[float] = ()) -> None:
         """Fold in a window as ``ProbeStatistics`` and ``GradientWeights`` give it, summed over ranks."""
-        if weights and all(map(math.isfinite, weights)) and sum(weights[:-1]) > 0:
+        if weights and all(0 <= value <= LARGEST_SUM for value in weights) and sum(weights[:-1]) > 0:
             *squares, steps = weights
             self._weights.update(np.array([steps]), steps * _shared_out(np.array([squares])))
         *rows, dropped = sums
-        self.dropped_probes += int(dropped) if math.isfinite(dropped) and dropped > 0 else 0
+        self.dropped_probes += int(dropped) if 0 < dropped <= LARGEST_SUM else 0
         table = np.array(rows, dtype=np.float64).reshape(len(self._kinds), block_fields(len(self.lossy)))
         self._gradients.update(table[:, 0], table[:, 1:3])
         changes = np.full((len(self.lossy), len(self._kinds), 4), math.nan)
@@ -174,7 +175,7 @@ class _Means:
 
     def update(self, counts: Array, sums: Array) -> NDArray[np.int64]:
         """Fold in sums [blocks, fields] over as many samples; the blocks that had any."""
-        sound = (counts >= 1) & np.isfinite(counts) & np.isfinite(sums).all(axis=1) & (sums >= 0).all(axis=1)
+        sound = (counts >= 1) & (counts <= LARGEST_SUM) & ((sums >= 0) & (sums <= LARGEST_SUM)).all(axis=1)
         for block in np.flatnonzero(sound):
             self.updates[block] += 1
             weight = 1 / min(int(self.updates[block]), self._memory)
