@@ -243,15 +243,17 @@ class GroupAgreement(Agreement):
         cause = str(error).splitlines()[0]
         try:
             alive = self._roll_call.survivors()
+            missing = [rank for rank in self._global_ranks if rank not in alive]
+            last = None if missing else self._roll_call.last_survivor()
         except RuntimeError as store_error:
             return AgreementError(
                 f"a collective failed ({cause}), and so did the store ({str(store_error).splitlines()[0]}); "
                 "the rank that hosts it is probably dead",
                 step=self._step,
             )
-        missing = [rank for rank in self._global_ranks if rank not in alive]
-        if not missing:
-            return AgreementError(f"a collective failed on all ranks: {cause}", step=self._step)
+        if last is not None:
+            reason = f"a collective failed on all ranks, last on rank {last}, which was probably late for it: {cause}"
+            return AgreementError(reason, rank=last, step=self._step)
         return AgreementError(f"ranks {missing} did not answer: {cause}", rank=missing[0], step=self._step)
 
 

@@ -97,7 +97,7 @@ class RollCall:
         notices only when another one, done with waiting, has gone, goes by what that one has found.
         """
         keys = {rank: f"failed/{rank}" for rank in self._ranks}
-        self._store.set(keys[self._rank], "1")
+        self._store.set(keys[self._rank], str(self._store.add("failed/count", 1)))
         deadline = time.monotonic() + min(_LAST_WORDS_SECONDS, self._timeout.total_seconds())
         while True:
             alive = [rank for rank, key in keys.items() if self._store.check([key])]
@@ -109,6 +109,11 @@ class RollCall:
             time.sleep(0.05)
         self._store.set(_MISSING_KEY, json.dumps([rank for rank in self._ranks if rank not in alive]))
         return alive
+
+    def last_survivor(self) -> int:
+        """Once all are: the rank that saw the collective fail last, hence probably the one that was late for it."""
+        places = {rank: self._read(f"failed/{rank}") for rank in self._ranks}
+        return max(self._ranks, key=lambda rank: places[rank] if isinstance(places[rank], int) else 0)
 
     def _judge(self, call: str) -> dict[str, Any] | None:
         keys = [f"{call}/{rank}" for rank in self._ranks]

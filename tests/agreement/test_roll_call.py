@@ -193,6 +193,14 @@ def test_a_rank_that_notices_later_goes_by_what_the_others_found(monkeypatch: py
     assert late[1] < 2
 
 
+def test_the_last_to_see_a_failure_is_known_to_all() -> None:
+    def fail(calls: RollCall, rank: int) -> tuple[list[int], int]:
+        time.sleep(1.0 * (rank == 5))
+        return calls.survivors(), calls.last_survivor()
+
+    assert _all(fail) == [(list(RANKS), 5)] * 3
+
+
 def test_survivors_do_not_wait_once_all_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roll_call, "_LAST_WORDS_SECONDS", 60.0)
     started = time.monotonic()

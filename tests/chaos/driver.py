@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -119,15 +120,15 @@ def judge(plan: Plan, statuses: dict[int, int]) -> Verdict:
             masks.setdefault(line["step"], set()).add((line["epoch"], line["digest"]))
     problems += [f"masks differ: step {step}: {sorted(found)}" for step, found in masks.items() if len(found) > 1]
     for rank, status in statuses.items():
-        if status != 1000 and (fault := _unexpected(plan, rank, status, records[rank])):
+        if status != 1000 and (fault := _unexpected(plan, rank, statuses, records[rank])):
             problems.append(f"unexpected: rank {rank}: {fault}")
     outcome = "completed" if set(statuses.values()) == {COMPLETED} else "stopped with an error"
     decisions = max((epoch for found in masks.values() for epoch, _ in found), default=0)
     return Verdict(outcome=outcome, decisions=decisions, problems=problems)
 
 
-def _unexpected(plan: Plan, rank: int, status: int, lines: list[dict[str, Any]]) -> str:
-    last = lines[-1] if lines else {}
+def _unexpected(plan: Plan, rank: int, statuses: dict[int, int], lines: list[dict[str, Any]]) -> str:
+    last, status = lines[-1] if lines else {}, statuses[rank]
     if status == COMPLETED:
         return ""
     if plan.fault in DEADLY and rank == plan.victim:
@@ -138,8 +139,15 @@ def _unexpected(plan: Plan, rank: int, status: int, lines: list[dict[str, Any]])
         framework = plan.form != "local" and "gradckpt_dist/" not in last.get("failure", "")[-600:]
         return "" if framework else f"failed: {last.get('failure')}"
     named = last.get("rank") is not None and last.get("at", -1) >= 0 and last.get("error")
-    blamed = last.get("rank") == plan.victim or plan.fault in STOPPING
+    blamed = plan.fault in STOPPING or _blames(last, plan.victim, statuses)
     return "" if named and blamed else f"the error names the wrong rank, or none: {last}"
+
+
+def _blames(error: dict[str, Any], victim: int, statuses: dict[int, int]) -> bool:
+    """Whether the victim is named, and beside it only ranks that had come to their end, so that they did not answer."""
+    found = re.match(r"ranks \[([\d, ]+)\] did not answer", error.get("error", ""))
+    named = [int(rank) for rank in found[1].split(",")] if found else [error.get("rank")]
+    return victim in named and all(rank == victim or statuses.get(rank) == COMPLETED for rank in named)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
