@@ -61,13 +61,14 @@ def test_four_ranks_on_two_hosts_hold_the_same_masks(tmp_path: Path) -> None:
         pytest.skip(reason)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"]
     launch += ["--rdzv-backend=c10d", f"--rdzv-endpoint={ADDRESSES[0]}:{PORT}", "--rdzv-id=two-hosts"]
-    script = [*launch, str(HERE / "multihost_script.py"), str(tmp_path)]
+    script = [str(HERE / "multihost_script.py"), str(tmp_path)]
     with _hosts() as names:
         settings = [f"GLOO_SOCKET_IFNAME={device}" for device in ("hosta0", "hostb0")]
-        addresses = [f"--local-addr={address}" for address in ADDRESSES]
+        # The machine's own name, by which torchrun looks for the store's host, is neither's.
+        places = [[f"--local-addr={ADDRESSES[i]}", f"--rdzv-conf=is_host={1 - i}"] for i in range(2)]
         commands = [
-            ["ip", "netns", "exec", name, "env", setting, *launch, address, *script[len(launch) :]]
-            for name, setting, address in zip(names, settings, addresses, strict=True)
+            ["ip", "netns", "exec", name, "env", setting, *launch, *place, *script]
+            for name, setting, place in zip(names, settings, places, strict=True)
         ]
         other = subprocess.Popen(commands[1], env=_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
