@@ -70,7 +70,8 @@ def test_four_ranks_on_two_hosts_hold_the_same_masks(tmp_path: Path) -> None:
             ["ip", "netns", "exec", name, "env", setting, *launch, *place, *script]
             for name, setting, place in zip(names, settings, places, strict=True)
         ]
-        other = subprocess.Popen(commands[1], env=_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        output = (tmp_path / "other").open("w")
+        other = subprocess.Popen(commands[1], env=_environment(), stdout=output, stderr=output)
         try:
             done = run_command(commands[0], timeout_seconds=200, **_environment())
             assert done.returncode == 0, done.stderr
@@ -78,6 +79,7 @@ def test_four_ranks_on_two_hosts_hold_the_same_masks(tmp_path: Path) -> None:
         finally:
             other.terminate()
             other.wait()
+            output.close()
     records = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(4)]
     assert [record["host"] for record in records] in ([0, 0, 1, 1], [1, 1, 0, 0])
     assert all(record["masks"] == records[0]["masks"] for record in records)
