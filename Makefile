@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-bench check bench clean
+.PHONY: help setup demo test test-slow test-bench chaos check bench clean
 export OMP_NUM_THREADS ?= 1
 
 BIN := .venv/bin
@@ -40,6 +40,9 @@ test-slow: setup ## every way in and every mesh as a whole
 
 test-bench: setup ## the benches' quick runs, one after the other
 	$(BIN)/python -m pytest -q -m bench
+
+chaos: setup ## 306 short runs with faults: kills, delays, wrong statistics, full disks; prints counts
+	PYTHONPATH=.:tests/chaos $(BIN)/python tests/chaos/driver.py --runs 306
 
 check: setup ## formatting, lint, types and the order of imports
 	$(BIN)/ruff check .

@@ -59,6 +59,11 @@ class StepBoundary:
             optimizer.register_step_post_hook(stepped) if optimizer else register_optimizer_step_post_hook(stepped),
         ]
 
+    @property
+    def between_steps(self) -> bool:
+        """Whether the step that began last has ended."""
+        return self._stepped
+
     def remove(self) -> None:
         """Take every hook away."""
         for handle in self._handles:

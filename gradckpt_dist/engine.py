@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import math
 import sys
 import time
@@ -28,23 +27,11 @@ from gradckpt_dist.out_of_memory import OutOfMemoryReport
 from gradckpt_dist.planning import PlanningDesk
 from gradckpt_dist.policy import BudgetPolicy, Plan, create_policy, require_feasible
 from gradckpt_dist.runtime import BlockRuntime, Gate
-from gradckpt_dist.schedule import Schedule
+from gradckpt_dist.saved_state import SavedState, Totals, plain
+from gradckpt_dist.schedule import Schedule, Turn
 from gradckpt_dist.version import __version__
 
 _NEVER = sys.maxsize
-
-
-class Turn(enum.Enum):
-    """Where the decision in flight is; each state lasts from one boundary to the next."""
-
-    IDLE = enum.auto()
-    """No decision is in flight."""
-    REDUCING = enum.auto()
-    """The all-reduces were launched."""
-    PLANNING = enum.auto()
-    """They were collected; rank 0's policy is at work beside the step."""
-    BROADCASTING = enum.auto()
-    """Rank 0's decision is on its way."""
 
 
 class Engine:
@@ -80,6 +67,8 @@ class Engine:
         self._pinned = False
         self._desk = PlanningDesk()
         self._plan: Plan | None = None
+        self._totals: Totals | None = None
+        self._launched_step = 0
         self._feasible = False
         self._theta: float | None = None
         self._plugin_seconds = 0.0
@@ -149,27 +138,13 @@ class Engine:
         ``recomputes`` counts, by block, the forwards run again in full since ``enable``; ``plugin_seconds`` is this
         rank's host time at boundaries.
         """
-        knowledge = self._knowledge
-        evidence = knowledge.evidence(self._mask)
-        storages = self._mask.storages
-        held, peak = evidence.bytes_of(storages), evidence.peak_of(storages)
         return {
             "step": self._step,
             "epoch": self._mask.epoch,
             "mask": list(self._mask.storages),
-            "impacts": list(evidence.impacts),
             "theta": self._theta,
-            "stored_bytes": {name: list(values) for name, values in knowledge.stored_bytes.items()},
-            "predicted_held_bytes": None if held is None else held + evidence.outside_bytes,
-            "predicted_peak_bytes": None if peak is None else peak + evidence.outside_bytes,
-            "held_bytes": knowledge.held_bytes,
-            "measured_peak_bytes": knowledge.peak_bytes,
-            "process_peak_bytes": knowledge.process_peak_bytes,
-            "predicted_process_peak_bytes": evidence.process_peak_of(storages),
-            "relative_error_predicted": evidence.error_of(storages),
+            **self._knowledge.stats(self._mask),
             "recomputes": [runtime.recomputes for runtime in self._runtimes],
-            "decisions": knowledge.running.decisions,
-            "dropped_samples": knowledge.running.dropped_samples,
             "plugin_seconds": self._plugin_seconds,
         }
 
@@ -208,44 +183,60 @@ class Engine:
         self._knowledge.budget = Budget.of(config)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values with which another run goes on: mask, epoch, step, agreed impacts and bytes, theta, noise.
+        """Plain values, the same on every rank, with which another run goes on, of any number of ranks.
 
-        It is the same on every rank and holds nothing that depends on their number.
+        Take it between two steps, on every rank: what each has gathered since the last decision is added up. A rank
+        that is not joined by the others within a few seconds leaves that part out.
+
+        Raises:
+            AgreementError: the all-reduces of the decision under way failed.
         """
-        return {
-            "version": __version__,
-            "blocks": list(self._mask.blocks),
-            "storages": list(self._mask.storages),
-            "epoch": self._mask.epoch,
-            "step": self._step,
-            "pinned": self._pinned,
-            "turn": self._observer.turn,
-            "theta": self._theta,
-            "knowledge": self._knowledge.state_dict(),
-            "noise": self._gate.context.noise.state_dict(),
-        }
+        if self._boundary is not None and self._boundary.between_steps:
+            self._end_sample()
+        if self._turn is Turn.REDUCING:
+            self._collect()
+        window = self._observer.window()
+        gathered = None if window is None else self._agreement.add_up(window.sums, window.maxima, self._step)
+        return SavedState(
+            version=__version__,
+            ranks=self._agreement.ranks,
+            blocks=list(self._mask.blocks),
+            storages=list(self._mask.storages),
+            epoch=self._mask.epoch,
+            step=self._step,
+            pinned=self._pinned,
+            theta=self._theta,
+            feasible=self._feasible,
+            in_flight=self._turn.name,
+            launched_step=self._launched_step,
+            probe_turn=self._observer.turn,
+            totals=self._totals,
+            window=None if window is None or gathered is None else plain(window, gathered),
+            knowledge=self._knowledge.state_dict(),
+            noise=self._gate.context.noise.state_dict(),
+        ).to_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state_dict``; every rank calls it between the same two steps.
 
         Raises:
-            MaskError: the state is of other blocks, or has a storage that ``Config.storages`` does not allow.
+            MaskError: the state is of other blocks, has a storage that ``Config.storages`` does not allow, or is none.
             AgreementError: another rank was given another state.
         """
-        if list(self._mask.blocks) != list(state["blocks"]):
-            raise MaskError(
-                f"the state is of {len(state['blocks'])} blocks {state['blocks'][:3]}…, this model has "
-                f"{len(self._mask)} blocks {list(self._mask.blocks[:3])}…; load the state of the same model"
-            )
-        storages = self._checked(state["storages"]).storages
-        mask = Mask(blocks=self._mask.blocks, storages=storages, epoch=state["epoch"])
-        self._agreement.compare({"epoch": mask.epoch, "mask": list(storages), "step": state["step"]}, self._step)
+        saved = SavedState.from_dict(state)
+        saved.require_blocks(self._mask.blocks)
+        storages = self._checked(saved.storages).storages
+        self._agreement.compare(saved.facts(), self._step)
         self._drain()
-        self._knowledge.load_state_dict(state["knowledge"])
-        self._pinned, self._theta, self._observer.turn = state["pinned"], state["theta"], state["turn"]
-        self._gate.context.noise.load_state_dict(state["noise"])
-        self._step, self._wake_step = state["step"], state["step"] + 1
-        self._apply(mask)
+        self._end_sample()
+        rank, ranks = self._agreement.rank, self._agreement.ranks
+        self._observer.restart(saved.probe_turn, saved.window_for(rank, ranks))
+        self._knowledge.load_state_dict(saved.knowledge, same_world=ranks == saved.ranks)
+        self._pinned, self._theta, self._feasible = saved.pinned, saved.theta, saved.feasible
+        self._gate.context.noise.load_state_dict(saved.noise)
+        self._step, self._wake_step = saved.step, saved.step + 1
+        self._apply(Mask(blocks=self._mask.blocks, storages=storages, epoch=saved.epoch))
+        self._resume(Turn[saved.in_flight], saved)
 
     def disable(self) -> None:
         """Restore every forward and give up the process group; the model is as it was before ``enable``."""
@@ -271,9 +262,7 @@ class Engine:
         if self._step < self._wake_step:
             return
         started = time.perf_counter()
-        if self._gate.watch is not None:
-            self._gate.watch = None
-            self._observer.end()
+        self._end_sample()
         self._advance()
         if not self._pinned and self._schedule.is_sampled(self._step):
             self._gate.watch = self._observer.begin(
@@ -319,8 +308,8 @@ class Engine:
         self._turn = Turn.REDUCING
 
     def _begin_plan(self) -> None:
-        sums, maxima = self._agreement.collect()
-        self._knowledge.update(sums, maxima, self._mask)
+        self._knowledge.update(*self._collect(), self._mask)
+        self._totals = None
         evidence = self._knowledge.evidence(self._mask, self._gate.change_seconds)
         if self._policy.name == BudgetPolicy.name and not self._feasible and evidence.costs and evidence.limits:
             # The evidence is equal on all ranks, and so is this error.
@@ -330,6 +319,12 @@ class Engine:
             self._desk.begin(self._policy, evidence)
         self._turn = Turn.PLANNING
 
+    def _collect(self) -> Totals:
+        if self._totals is None:
+            sums, maxima = self._agreement.collect()
+            self._totals = self._observer.unpacked(sums), maxima
+        return self._totals
+
     def _announce(self) -> None:
         decision = None
         self._plan = self._desk.take()
@@ -337,7 +332,7 @@ class Engine:
             theta = math.nan if self._plan.theta is None else self._plan.theta
             mask = self._mask.replaced(self._plan.storages)
             decision = Decision(mask=mask, step=self._launched_step, theta=theta)
-        self._agreement.announce(decision, len(self._mask))
+        self._agreement.announce(decision, len(self._mask), self._launched_step)
         self._turn = Turn.BROADCASTING
 
     def _receive(self) -> None:
@@ -360,12 +355,22 @@ class Engine:
     def _drain(self) -> None:
         """Finish what is in flight, so that no collective is left unmatched; its outcome is dropped."""
         if self._turn is Turn.REDUCING:
-            self._agreement.collect()
+            self._collect()
+            self._totals = None
         elif self._turn is Turn.PLANNING:
             self._desk.take()
         elif self._turn is Turn.BROADCASTING:
             self._agreement.receive(self._mask.blocks, self._mask.epoch)
         self._turn = Turn.IDLE
+
+    def _resume(self, turn: Turn, saved: SavedState) -> None:
+        """Bring a decision of another run to where it was; a policy plans the same from the same evidence."""
+        self._launched_step, self._totals = saved.launched_step, saved.totals
+        if turn in {Turn.PLANNING, Turn.BROADCASTING} and self._agreement.rank == 0:
+            self._desk.begin(self._policy, self._knowledge.evidence(self._mask))
+        self._turn = turn
+        if turn is Turn.BROADCASTING:
+            self._announce()
 
     # -- details --------------------------------------------------------------------------------------------------
 
@@ -378,6 +383,11 @@ class Engine:
                 f"allowed: {', '.join(self.config.storages)}; add them to `storages`"
             )
         return mask
+
+    def _end_sample(self) -> None:
+        if self._gate.watch is not None:
+            self._gate.watch = None
+            self._observer.end()
 
     def _next_wake(self) -> int:
         if self._turn is not Turn.IDLE or self._gate.watch is not None:

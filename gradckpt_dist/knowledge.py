@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -12,7 +11,7 @@ from torch import nn
 
 from gradckpt_dist.config import LOSSY_STORAGES, Config
 from gradckpt_dist.cost import CostTable
-from gradckpt_dist.cost.agreed import Costs
+from gradckpt_dist.cost.agreed import MOST_BYTES, Costs
 from gradckpt_dist.cost.budget import Budget
 from gradckpt_dist.cost.kind import kinds_of
 from gradckpt_dist.impact import IMPACTS, RunningImpact
@@ -24,6 +23,7 @@ from gradckpt_dist.policy import Evidence
 _BYTES_BY_BLOCK = 3
 _TOTALS = 4
 _SCALARS = _TOTALS + 2
+_OF_THIS_WORLD = ("held_bytes", "peak_bytes", "outside_bytes", "process_peak_bytes", "available_bytes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class Knowledge:
         self.held_bytes = self.peak_bytes = self.outside_bytes = self.process_peak_bytes = self.available_bytes = 0
         self.forwards_in_flight = 1
         self.plugin_seconds = 0.0
-        self._measured_mask: Mask | None = None
+        self._measured_storages: tuple[str, ...] | None = None
         self._costs_table: CostTable | None = None
 
     def update(self, sums: Sequence[float], maxima: Sequence[float], mask: Mask) -> None:
@@ -82,7 +82,7 @@ class Knowledge:
         scalars = _BYTES_BY_BLOCK * self._scope.blocks
         self._update_bytes(maxima[:scalars], maxima[scalars : scalars + _TOTALS], mask)
         available, self.plugin_seconds = maxima[scalars + _TOTALS : scalars + _SCALARS]
-        self.available_bytes = int(-available) if math.isfinite(available) else self.available_bytes
+        self.available_bytes = int(-available) if 0 <= -available <= MOST_BYTES else self.available_bytes
         if self.costs is not None and self.errors is not None:
             probes_size = self._scope.blocks * block_fields(len(self._scope.lossy)) + 1
             probes, weights = sums[impact_size : impact_size + probes_size], sums[impact_size + probes_size :]
@@ -106,10 +106,28 @@ class Knowledge:
             forwards_in_flight=self.forwards_in_flight,
         )
 
+    def stats(self, mask: Mask) -> dict[str, Any]:
+        """What is known, and what it predicts of ``mask``; bytes are the most over ranks."""
+        evidence, storages = self.evidence(mask), mask.storages
+        held, peak = evidence.bytes_of(storages), evidence.peak_of(storages)
+        return {
+            "impacts": list(evidence.impacts),
+            "stored_bytes": {name: list(values) for name, values in self.stored_bytes.items()},
+            "predicted_held_bytes": None if held is None else held + self.outside_bytes,
+            "predicted_peak_bytes": None if peak is None else peak + self.outside_bytes,
+            "held_bytes": self.held_bytes,
+            "measured_peak_bytes": self.peak_bytes,
+            "process_peak_bytes": self.process_peak_bytes,
+            "predicted_process_peak_bytes": evidence.process_peak_of(storages),
+            "relative_error_predicted": evidence.error_of(storages),
+            "decisions": self.running.decisions,
+            "dropped_samples": self.running.dropped_samples,
+        }
+
     def may_probe(self, index: int) -> bool:
         """Whether what is left at the process's peak suffices to run this block once more beside itself."""
         needed = None if self.costs is None else self.costs.probe_bytes(index)
-        if needed is None or self._measured_mask is None:
+        if needed is None or self._measured_storages is None:
             return True
         headroom = self._headroom_bytes()
         return needed <= (self.available_bytes - self.process_peak_bytes if headroom is None else headroom)
@@ -121,12 +139,19 @@ class Knowledge:
             "decisions": self.running.decisions,
             "dropped_samples": self.running.dropped_samples,
             "stored_bytes": {name: list(values) for name, values in self.stored_bytes.items()},
+            "bytes": {name: getattr(self, name) for name in _OF_THIS_WORLD},
+            "measured_storages": self._measured_storages and list(self._measured_storages),
+            "plugin_seconds": self.plugin_seconds,
             "errors": None if self.errors is None else self.errors.state_dict(),
             "costs": None if self.costs is None else self.costs.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state_dict``; what was gathered for another metric or other storages is gathered again."""
+    def load_state_dict(self, state: dict[str, Any], *, same_world: bool = True) -> None:
+        """Go on from ``state_dict``; what was gathered for another metric or other storages is gathered again.
+
+        So are, unless it is of the ``same_world``, the bytes of whole processes: shards have another size, and another
+        number of ranks shares a host.
+        """
         if len(state["mean_square"]) in {0, self._scope.fields * self._scope.blocks}:
             self.running.mean_square = list(state["mean_square"])
             self.running.decisions = state["decisions"]
@@ -136,10 +161,16 @@ class Knowledge:
             self.errors.load_state_dict(state["errors"])
         if self.costs is not None and state["costs"] is not None:
             self.costs.load_state_dict(state["costs"])
+        measured = state["measured_storages"]
+        known = same_world and measured is not None and set(measured) <= set(self._scope.storages)
+        self._measured_storages = tuple(measured) if known else None
+        for name in _OF_THIS_WORLD:
+            setattr(self, name, state["bytes"][name] if known else 0)
+        self.plugin_seconds = state["plugin_seconds"]
         self._costs_table = self._table()
 
     def _update_bytes(self, by_block: Sequence[float], totals: Sequence[float], mask: Mask) -> None:
-        if not all(math.isfinite(value) for value in (*by_block, *totals)) or not totals[0]:
+        if not all(0 <= value <= MOST_BYTES for value in (*by_block, *totals)) or not totals[0]:
             return
         held, peak, process_peak, forwards = (int(value) for value in totals)
         self.forwards_in_flight = max(1, forwards)
@@ -148,7 +179,7 @@ class Knowledge:
         # A compiled variant does not run what `keep` would: then what was known before stays.
         keep = tuple(new or old for new, old in zip(keep, self.stored_bytes.get("keep", keep), strict=True))
         self.held_bytes, self.peak_bytes, self.process_peak_bytes = held, peak, process_peak
-        self._measured_mask = mask
+        self._measured_storages = mask.storages
         self.outside_bytes = max(0, held - sum(stored))
         self.stored_bytes |= {"keep": keep, "recompute": recompute}
         for name in set(mask.storages) - {"keep", "recompute"}:
@@ -161,7 +192,7 @@ class Knowledge:
         return 1.0 if self.errors is None else self.errors.planned_share()
 
     def _headroom_bytes(self) -> int | None:
-        if self.budget.is_fraction or self._measured_mask is None:
+        if self.budget.is_fraction or self._measured_storages is None:
             return None
         return self.budget.limit_bytes(self.available_bytes) - self.process_peak_bytes
 
@@ -173,10 +204,10 @@ class Knowledge:
 
     def _table(self) -> CostTable | None:
         """With a fixed part such that the measured peak is predicted for the mask that was in force."""
-        if self.costs is None or self.errors is None or self._measured_mask is None:
+        if self.costs is None or self.errors is None or self._measured_storages is None:
             return None
         errors = self.errors.squared(self._scope.metric, self.running.mean_square)
         table = self.costs.table(dict(zip(self._scope.lossy, errors.T, strict=True)), self.stored_bytes)
         table = dataclasses.replace(table, forwards_in_flight=self.forwards_in_flight)
-        predicted = table.peak_bytes_of(table.choice(self._measured_mask.storages))
+        predicted = table.peak_bytes_of(table.choice(self._measured_storages))
         return table.with_fixed_bytes(max(0, self.process_peak_bytes - predicted))

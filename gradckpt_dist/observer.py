@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from gradckpt_dist.agreement.rows import SparseRows
 from gradckpt_dist.cost.book import CostBook
 from gradckpt_dist.cost.clock import DeviceClock
 from gradckpt_dist.impact import create_impact
-from gradckpt_dist.impact.probe import ProbeStatistics
+from gradckpt_dist.impact.probe import ProbeStatistics, block_fields
 from gradckpt_dist.impact.weights import GradientWeights
 from gradckpt_dist.knowledge import Scope
 from gradckpt_dist.memory import memory_meter
@@ -19,6 +21,20 @@ from gradckpt_dist.sampling import Sampler
 from gradckpt_dist.schedule import SAMPLES_PER_WINDOW
 from gradckpt_dist.storage import StorageContext
 from gradckpt_dist.storage.ledger import Measurement
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """What was gathered since statistics were last launched, in ``samples`` sampled steps; no probe before ``turn``.
+
+    ``sums`` and ``maxima`` are what would travel, the former in full, the latter with 0 for
+    what is measured when they do, or empty.
+    """
+
+    sums: torch.Tensor
+    maxima: list[float]
+    samples: int
+    turn: int
 
 
 class Observer:
@@ -56,6 +72,10 @@ class Observer:
         self._measurement: Measurement | None = None
         self._process_peak_bytes = 0
         self._forwards_in_flight = 1
+        self._rows = _probed_rows(scope, turns)
+        self._samples = self._first_turn = 0
+        self._sent_blocks: tuple[int, ...] = ()
+        self._before: Window | None = None
 
     def attach(self, root: nn.Module) -> None:
         """Where lossy storages are on offer, watch how the gradient of ``root`` is shared out over blocks."""
@@ -83,6 +103,7 @@ class Observer:
 
     def end(self) -> None:
         """Close the sampled step."""
+        self._samples += 1
         measurement = self.sampler.end()
         if measurement is not None:
             self._measurement = measurement
@@ -90,12 +111,54 @@ class Observer:
             self._process_peak_bytes = self._meter.peak_bytes()
 
     def take_sums(self) -> torch.Tensor:
-        """For the SUM all-reduce, float64 on the device: the windows of impact, probes and gradients."""
-        gatherers = (self.impact, self._statistics, self._weights)
-        return torch.cat([gatherer.take_window() for gatherer in gatherers if gatherer is not None])
+        """For the SUM all-reduce, float64 on the device: the windows of impact, probes and gradients.
+
+        Of the probes' table [blocks, fields], the rows of the blocks that had a turn. Take the maxima first.
+        """
+        window = self._take_window()
+        self._sent_blocks = () if self._turns is None else self._turns.blocks(window.turn, self.turn)
+        return self._rows.pack(window.sums, self._sent_blocks)
+
+    def unpacked(self, sums: Sequence[float]) -> list[float]:
+        """What ``take_sums`` last gave, summed over ranks, in full."""
+        return self._rows.unpack(sums, self._sent_blocks)
 
     def take_maxima(self, plugin_seconds: float) -> list[float]:
         """For the MAX all-reduce; zeros where nothing was measured."""
+        measured, costs = self._take_measured()
+        return [*measured, -float(self._meter.available_bytes()), plugin_seconds, *costs]
+
+    def window(self) -> Window | None:
+        """A copy of what was gathered since statistics were last launched; None if there was no sampled step."""
+        if not self._samples:
+            return None
+        measured, costs = self._take_measured()
+        maxima = [*measured, 0.0, 0.0, *costs]
+        self._before = replace(self._take_window(), maxima=maxima)
+        self._samples, self._first_turn = self._before.samples, self._before.turn
+        return replace(self._before, sums=self._before.sums.clone())
+
+    def restart(self, turn: int, window: Window | None) -> None:
+        """Drop what was gathered; go on from the probes' turn ``turn``, after ``window``."""
+        self._take_measured()
+        self._take_window()
+        self.turn = self._first_turn = turn
+        if window is not None:
+            self._before = replace(window, sums=window.sums.to(self._device))
+            self._samples, self._first_turn = window.samples, window.turn
+
+    def _take_window(self) -> Window:
+        gatherers = (self.impact, self._statistics, self._weights)
+        sums = torch.cat([gatherer.take_window() for gatherer in gatherers if gatherer is not None])
+        before, self._before = self._before, None
+        if before is not None:
+            sums += before.sums
+        window = Window(sums=sums, maxima=[], samples=self._samples, turn=self._first_turn)
+        self._samples, self._first_turn = 0, self.turn
+        return window
+
+    def _take_measured(self) -> tuple[list[float], list[float]]:
+        """Bytes by block and in all; costs."""
         measured, self._measurement = self._measurement, None
         if measured is None:
             values = [0.0] * (3 * self._blocks + 4)
@@ -104,7 +167,11 @@ class Observer:
             totals = (measured.held_bytes, measured.peak_bytes, self._process_peak_bytes, measured.forwards_in_flight)
             values = [*map(float, (*by_block, *totals))]
         costs = [] if self._book is None else self._book.take_maxima(self._forwards_in_flight)
-        return [*values, -float(self._meter.available_bytes()), plugin_seconds, *costs]
+        old = [] if self._before is None else self._before.maxima
+        if old:
+            values = [*map(max, old[: len(values)], values)]
+            costs = [*map(max, old[len(values) + 2 :], costs)]
+        return values, costs
 
 
 def probe_schedule(scope: Scope, interval: int) -> ProbeSchedule | None:
@@ -118,3 +185,11 @@ def probe_schedule(scope: Scope, interval: int) -> ProbeSchedule | None:
         interval=interval,
         samples=SAMPLES_PER_WINDOW - 1,
     )
+
+
+def _probed_rows(scope: Scope, turns: ProbeSchedule | None) -> SparseRows:
+    """Where the table of ``ProbeStatistics`` is, and how much of it travels: nothing, if no storage is lossy."""
+    rows = 0 if turns is None else scope.blocks
+    capacity = turns.most_blocks if turns is not None and scope.lossy else 0
+    start = scope.fields * scope.blocks + 2
+    return SparseRows(start=start, rows=rows, width=block_fields(len(scope.lossy)), capacity=capacity)

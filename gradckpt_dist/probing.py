@@ -72,6 +72,15 @@ class ProbeSchedule:
         first, last = self._items_before(number), self._items_before(number + 1)
         return tuple(map(self._item, range(first, min(last, first + len(self.kinds)))))
 
+    def blocks(self, first: int, last: int) -> tuple[int, ...]:
+        """The blocks that have a turn in the sampled steps from ``first`` up to ``last``, each once, in their order."""
+        return tuple(dict.fromkeys(turn.block for number in range(first, last) for turn in self.turns(number)))
+
+    @property
+    def most_blocks(self) -> int:
+        """At least as many as have a turn in one interval: the first after the kinds' own has the most."""
+        return max(self.samples, self._items_before(self.samples) + 2)
+
     def _items_before(self, number: int) -> int:
         steady = SHARE * self.interval / self.samples / 2 * number
         early = EARLY_SWEEPS * number / (number + EARLY_SAMPLES)

@@ -1,10 +1,24 @@
-"""Which steps are sampled and measured, and at which boundaries statistics are launched."""
+"""Which steps are sampled and measured, at which boundaries statistics are launched, and what comes of them when."""
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 
 SAMPLES_PER_WINDOW = 4
+
+
+class Turn(enum.Enum):
+    """Where the decision in flight is; each state lasts from one boundary to the next."""
+
+    IDLE = enum.auto()
+    """No decision is in flight."""
+    REDUCING = enum.auto()
+    """The all-reduces were launched."""
+    PLANNING = enum.auto()
+    """They were collected; rank 0's policy is at work beside the step."""
+    BROADCASTING = enum.auto()
+    """Rank 0's decision is on its way."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -287,3 +287,22 @@ def test_section_may_be_in_accelerates_fsdp_config_but_not_twice(tmp_path: Path)
     path.write_text("gradckpt: {interval: 7}\nfsdp_config: {gradckpt: {interval: 7}}")
     with pytest.raises(ConfigError, match=r"accelerate\.yaml: 'gradckpt' is there twice"):
         Config.from_file(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "gradckpt: !!python/object/apply:pathlib.Path.touch [{marker}]",
+        "gradckpt:\n  log_dir: !!python/object/apply:os.system ['touch {marker}']",
+        "gradckpt:\n  policy: !!python/name:os.system",
+        "gradckpt:\n  policy: os.system\n  impact: gradckpt_dist.impact.norm.NormImpact",
+        "gradckpt:\n  storages: [keep, recompute, my_package.my_storage]",
+        "gradckpt:\n  interval: __import__('os').system('touch {marker}')",
+    ],
+)
+def test_a_file_runs_no_code(text: str, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    (tmp_path / "c.yaml").write_text(text.replace("{marker}", str(marker)), encoding="utf-8")
+    with pytest.raises(ConfigError):
+        Config.from_file(tmp_path / "c.yaml")
+    assert not marker.exists()

@@ -112,8 +112,9 @@ def test_state_goes_on_without_measuring_again() -> None:
     resumed.load_state_dict(state)
     assert resumed.mask == mask
     assert resumed.stats()["predicted_held_bytes"] is not None
+    assert state["in_flight"] != "IDLE"  # so that it is two decisions to the end of the interval
     second.train(CONFIG["interval"] + 3)
-    assert resumed.mask.epoch == mask.epoch + 1
+    assert resumed.mask.epoch == mask.epoch + 2
     resumed.disable()
 
 

@@ -189,32 +189,39 @@ def test_a_storage_that_cannot_serve_the_blocks_changes_nothing(monkeypatch: pyt
     engine.disable()
 
 
-def test_another_engine_goes_on_from_the_state_as_if_nothing_had_happened() -> None:
-    # Saved where no sample has been gathered since the decision: an unfinished window is not part of the state.
-    config = AUTO | {"interval": 19}
+def test_another_engine_goes_on_from_any_step_as_if_nothing_had_happened() -> None:
     whole = Trainer(build())
-    engine = gradckpt_dist.enable(whole.model, config)
+    engine = gradckpt_dist.enable(whole.model, AUTO)
     torch.manual_seed(1)
-    _advance_to(engine, whole, Turn.REDUCING)
-    while engine._turn is not Turn.IDLE:
+    saved = []
+    for _ in range(16):
         whole.step()
-    state = json.loads(json.dumps(engine.state_dict()))
-    weights, rng = {k: v.clone() for k, v in whole.model.state_dict().items()}, torch.get_rng_state()
-    steps = whole.steps
-    losses = whole.train(20)
-    expected = engine.mask, engine.stats()["impacts"]
+        weights = {name: weight.clone() for name, weight in whole.model.state_dict().items()}
+        saved.append((json.loads(json.dumps(engine.state_dict())), weights, torch.get_rng_state(), whole.steps))
+    assert {state["in_flight"] for state, *_ in saved} == {turn.name for turn in Turn}
+    losses, masks, impacts = _followed(whole, engine)
     engine.disable()
+    for state, weights, rng, steps in saved[3:]:
+        resumed = Trainer(build())
+        resumed.model.load_state_dict(weights)
+        resumed.steps = steps
+        engine = gradckpt_dist.enable(resumed.model, AUTO)
+        engine.load_state_dict(state)
+        assert engine.state_dict() == state
+        assert (list(engine.mask.storages), engine.mask.epoch) == (state["storages"], state["epoch"])
+        torch.set_rng_state(rng)
+        resumed.train(whole.steps - 12 - steps)
+        assert _followed(resumed, engine) == (losses, masks, pytest.approx(impacts, rel=1e-12)), state["in_flight"]
+        engine.disable()
 
-    resumed = Trainer(build())
-    resumed.model.load_state_dict(weights)
-    resumed.steps = steps
-    engine = gradckpt_dist.enable(resumed.model, config)
-    engine.load_state_dict(state)
-    assert (list(engine.mask.storages), engine.mask.epoch) == (state["storages"], state["epoch"])
-    torch.set_rng_state(rng)
-    assert resumed.train(20) == losses
-    assert (engine.mask, engine.stats()["impacts"]) == expected
-    engine.disable()
+
+def _followed(trainer: Trainer, engine: Engine) -> tuple[list[float], list[Any], list[float]]:
+    """Twelve steps: losses, masks, and the impacts at the end."""
+    losses, masks = [], []
+    for _ in range(12):
+        losses.append(trainer.step().item())
+        masks.append(engine.mask)
+    return losses, masks, engine.stats()["impacts"]
 
 
 def test_a_pinned_state_stays_pinned_and_a_foreign_one_is_refused() -> None:
@@ -229,9 +236,13 @@ def test_a_pinned_state_stays_pinned_and_a_foreign_one_is_refused() -> None:
     other.train(12)
     assert other.recomputed == ["keep"] * 4
     before = engine.mask
-    for wrong in ({"blocks": ["x"] * 4}, {"storages": ["keep"] * 3}, {"storages": ["offload"] * 4}):
+    others = ({"blocks": ["x"] * 4}, {"storages": ["keep"] * 3}, {"storages": ["offload"] * 4})
+    for wrong in (*others, {"knowledge": "{"}, {"window": None}, {"in_flight": "LATE"}):
         with pytest.raises(MaskError):
             engine.load_state_dict(state | wrong)
+    del state["epoch"]
+    with pytest.raises(MaskError, match="the state has no epoch"):
+        engine.load_state_dict(state)
     assert engine.mask is before
     engine.disable()
 

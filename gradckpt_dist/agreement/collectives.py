@@ -60,8 +60,12 @@ class Agreement(ABC):
         """
 
     @abstractmethod
-    def announce(self, decision: Decision | None, blocks: int) -> None:
-        """Start the broadcast; rank 0 gives its decision on ``blocks`` blocks, the others None."""
+    def add_up(self, sums: torch.Tensor, maxima: Sequence[float], step: int) -> tuple[list[float], list[float]] | None:
+        """What ``launch`` and ``collect`` would give, now; None if not all ranks call it at this step, in seconds."""
+
+    @abstractmethod
+    def announce(self, decision: Decision | None, blocks: int, step: int) -> None:
+        """Start the broadcast of what was launched at ``step``; rank 0 gives its decision, the others None."""
 
     @abstractmethod
     def receive(self, blocks: Sequence[str], epoch: int) -> Decision:
@@ -95,7 +99,10 @@ class LocalAgreement(Agreement):
         sums, maxima = self._launched
         return sums.tolist(), maxima
 
-    def announce(self, decision: Decision | None, blocks: int) -> None:
+    def add_up(self, sums: torch.Tensor, maxima: Sequence[float], step: int) -> tuple[list[float], list[float]] | None:
+        return sums.tolist(), list(maxima)
+
+    def announce(self, decision: Decision | None, blocks: int, step: int) -> None:
         self._decision = decision
 
     def receive(self, blocks: Sequence[str], epoch: int) -> Decision:
@@ -135,7 +142,7 @@ class GroupAgreement(Agreement):
         self._step, self._epoch = step, epoch
         marks = (step, -step, epoch, -epoch)
         most = torch.tensor([*marks, *maxima], dtype=torch.float64).to(self._device, non_blocking=True)
-        self._guard(lambda: self._start_reductions(sums, most))
+        self._reductions = self._guard(lambda: self._start_reductions(sums, most))
 
     def collect(self) -> tuple[list[float], list[float]]:
         (sums, sums_work), (most, most_work) = self._reductions
@@ -148,7 +155,17 @@ class GroupAgreement(Agreement):
             self._roll_call.compare(here, self._step)
         return total, maxima
 
-    def announce(self, decision: Decision | None, blocks: int) -> None:
+    def add_up(self, sums: torch.Tensor, maxima: Sequence[float], step: int) -> tuple[list[float], list[float]] | None:
+        if not self._guard(lambda: self._roll_call.all_here(step)):
+            return None
+        most = torch.tensor(maxima, dtype=torch.float64).to(self._device)
+        started = self._guard(lambda: self._start_reductions(sums, most))
+        total, largest = self._guard(lambda: [self._finish(*pair).tolist() for pair in started])
+        return total, largest
+
+    def announce(self, decision: Decision | None, blocks: int, step: int) -> None:
+        self._step = step
+
         def start() -> None:
             self._message = self._new_message(decision, blocks)
             self._message_work = dist.broadcast(
@@ -201,9 +218,9 @@ class GroupAgreement(Agreement):
         spare = _spare_groups.setdefault(_get_default_group(), {})
         return spare.setdefault((tuple(self._global_ranks), self._timeout_seconds), [])
 
-    def _start_reductions(self, sums: torch.Tensor, most: torch.Tensor) -> None:
+    def _start_reductions(self, sums: torch.Tensor, most: torch.Tensor) -> tuple[tuple[torch.Tensor, dist.Work], ...]:
         group = self._own_group()
-        self._reductions = tuple(
+        return tuple(
             (tensor, dist.all_reduce(tensor, op=op, group=group, async_op=True))
             for tensor, op in ((sums, dist.ReduceOp.SUM), (most, dist.ReduceOp.MAX))
         )
@@ -234,15 +251,17 @@ class GroupAgreement(Agreement):
         cause = str(error).splitlines()[0]
         try:
             alive = self._roll_call.survivors()
+            missing = [rank for rank in self._global_ranks if rank not in alive]
+            last = None if missing else self._roll_call.last_survivor()
         except RuntimeError as store_error:
             return AgreementError(
                 f"a collective failed ({cause}), and so did the store ({str(store_error).splitlines()[0]}); "
                 "the rank that hosts it is probably dead",
                 step=self._step,
             )
-        missing = [rank for rank in self._global_ranks if rank not in alive]
-        if not missing:
-            return AgreementError(f"a collective failed on all ranks: {cause}", step=self._step)
+        if last is not None:
+            reason = f"a collective failed on all ranks, last on rank {last}, which was probably late for it: {cause}"
+            return AgreementError(reason, rank=last, step=self._step)
         return AgreementError(f"ranks {missing} did not answer: {cause}", rank=missing[0], step=self._step)
 
 

@@ -6,6 +6,7 @@ Texts are JSON and are parsed as data, never evaluated or unpickled.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -15,7 +16,12 @@ from torch.distributed.distributed_c10d import Store
 
 from gradckpt_dist.errors import AgreementError
 
+logger = logging.getLogger("gradckpt_dist")
+
 Facts = Mapping[str, Any]
+
+JOINED_SECONDS = 10.0
+"""How much later than the first the last rank may come to save its state, and still be part of it."""
 
 _MAX_TEXT_BYTES = 1 << 22
 _LAST_WORDS_SECONDS = 10.0
@@ -34,6 +40,8 @@ class RollCall:
         self._ranks = ranks
         self._timeout = timedelta(seconds=timeout_seconds)
         self._calls = 0
+        self._asked = 0
+        self._left_alone = False
 
     def compare(self, facts: Facts, step: int) -> None:
         """Return once every rank has given equal facts. Called by all ranks, in the same order of calls.
@@ -48,16 +56,39 @@ class RollCall:
             cause = str(error).splitlines()[0]
             raise AgreementError(f"the store of the process group cannot be reached: {cause}", step=step) from error
         if verdict is not None:
-            raise AgreementError(str(verdict["reason"]), rank=int(verdict["rank"]), step=step)
+            raise AgreementError(verdict["reason"], rank=verdict["rank"], step=step)
 
-    def _confer(self, call: str, facts: Facts, step: int) -> Any:
+    def _confer(self, call: str, facts: Facts, step: int) -> dict[str, Any] | None:
         self._store.set(f"{call}/{self._rank}", json.dumps(facts))
         verdict_key = f"{call}/verdict"
         if self._rank == self._ranks[0]:
             self._store.set(verdict_key, json.dumps(self._judge(call)))
         elif not self._verdict_arrived(call, verdict_key):
             raise AgreementError(f"no word within {self._timeout.total_seconds():g} s", rank=self._ranks[0], step=step)
-        return self._read(verdict_key)
+        return self._read_verdict(verdict_key)
+
+    def all_here(self, step: int) -> bool:
+        """Whether every rank makes this call, its first, second and so on, at this step and within ``JOINED_SECONDS``.
+
+        The same on all ranks: the first one that has waited in vain says so for all. It does not wait another time.
+        """
+        if self._left_alone:
+            return False
+        self._asked += 1
+        call = f"here/{self._asked}/{step}"
+        seconds = min(JOINED_SECONDS, self._timeout.total_seconds())
+        complete = self._store.add(f"{call}/count", 1) == len(self._ranks)
+        complete = complete or self._arrived([f"{call}/verdict"], timedelta(seconds=seconds))
+        verdict = self._store.compare_set(f"{call}/verdict", "", "yes" if complete else "no")
+        self._left_alone = verdict != b"yes"
+        if self._left_alone:
+            logger.warning(
+                "gradckpt: state_dict() on rank %d was not joined by all others within %g s: this state and later ones "
+                "leave out what was gathered since the last decision; call it on every rank after the same step",
+                self._rank,
+                seconds,
+            )
+        return not self._left_alone
 
     def survivors(self) -> list[int]:
         """The ranks that have also seen a collective fail; those left out are dead or stuck.
@@ -66,18 +97,23 @@ class RollCall:
         notices only when another one, done with waiting, has gone, goes by what that one has found.
         """
         keys = {rank: f"failed/{rank}" for rank in self._ranks}
-        self._store.set(keys[self._rank], "1")
+        self._store.set(keys[self._rank], str(self._store.add("failed/count", 1)))
         deadline = time.monotonic() + min(_LAST_WORDS_SECONDS, self._timeout.total_seconds())
         while True:
             alive = [rank for rank, key in keys.items() if self._store.check([key])]
             if len(alive) == len(keys) or time.monotonic() > deadline:
                 break
             if self._store.check([_MISSING_KEY]):
-                missing = self._read(_MISSING_KEY)
+                missing = self._read_missing()
                 return [rank for rank in self._ranks if rank == self._rank or rank not in missing]
             time.sleep(0.05)
         self._store.set(_MISSING_KEY, json.dumps([rank for rank in self._ranks if rank not in alive]))
         return alive
+
+    def last_survivor(self) -> int:
+        """Once all are: the rank that saw the collective fail last, hence probably the one that was late for it."""
+        places = {rank: self._read(f"failed/{rank}") for rank in self._ranks}
+        return max(self._ranks, key=lambda rank: places[rank] if isinstance(places[rank], int) else 0)
 
     def _judge(self, call: str) -> dict[str, Any] | None:
         keys = [f"{call}/{rank}" for rank in self._ranks]
@@ -118,6 +154,18 @@ class RollCall:
         if not isinstance(facts, dict):
             raise AgreementError(f"the text under {key!r} is no JSON object")
         return facts
+
+    def _read_verdict(self, key: str) -> dict[str, Any] | None:
+        verdict = None if self._store.get(key) == b"null" else self._read_facts(key)
+        if verdict is None:
+            return None
+        if verdict.get("rank") not in self._ranks or not isinstance(verdict.get("reason"), str):
+            raise AgreementError(f"the text under {key!r} is no verdict: {verdict}", rank=self._ranks[0])
+        return dict(verdict)
+
+    def _read_missing(self) -> list[int]:
+        missing = self._read(_MISSING_KEY)
+        return [rank for rank in self._ranks if isinstance(missing, list) and rank in missing]
 
     def _read(self, key: str) -> Any:
         text = self._store.get(key)

@@ -17,6 +17,7 @@ from gradckpt_dist.bench.impact import bench_impact
 from gradckpt_dist.bench.overhead import bench_overhead
 from gradckpt_dist.bench.planner import bench_planner
 from gradckpt_dist.bench.record import progress, write
+from gradckpt_dist.bench.scale import bench_scale
 from gradckpt_dist.bench.storage import bench_storage
 from gradckpt_dist.errors import GradckptError
 
@@ -34,6 +35,7 @@ BENCHES: dict[str, tuple[Bench, str]] = {
     "impact": (bench_impact, "what the impact metrics predict of gradient errors, against the true ones"),
     "overhead": (bench_overhead, "the plugin's own cost, against a pinned mask"),
     "planner": (bench_planner, "the budget policy's optimiser: seconds, and the gap to the optimum"),
+    "scale": (bench_scale, "the agreement's bytes, collectives and seconds, to 32 real and 16,384 simulated ranks"),
     "storage": (bench_storage, "bytes, seconds and gradient error of every storage, against keep"),
 }
 

@@ -19,13 +19,17 @@ from gradckpt_dist.errors import GradckptError
 Worker = Callable[..., dict[str, Any] | None]
 
 
-def on_ranks(worker: Worker, ranks: int, **arguments: Any) -> dict[str, Any]:
+def on_ranks(worker: Worker, ranks: int, *, start: str = "spawn", **arguments: Any) -> dict[str, Any]:
     """Call ``worker(rank, **arguments)`` in ``ranks`` processes of one thread each; what rank 0 returns.
+
+    ``start`` is how multiprocessing starts them; with ``forkserver`` they share one import of the worker's module.
 
     Raises:
         GradckptError: a rank failed; its traceback is on stderr.
     """
-    context = multiprocessing.get_context("spawn")
+    context: Any = multiprocessing.get_context(start)
+    if start == "forkserver":
+        context.set_forkserver_preload([worker.__module__])
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             context.Process(target=_run, args=(worker, rank, ranks, folder, arguments), daemon=True)

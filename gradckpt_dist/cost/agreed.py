@@ -20,6 +20,9 @@ FIELDS = 5
 BLOCK_FIELDS = 3
 """Numbers by block: tokens of a step, of the forwards that are in flight at once, of the largest call."""
 
+MOST_BYTES = 1 << 50
+"""More than any block holds; a larger number comes from a faulty rank, and a thousand of these can be added up."""
+
 LEAST_EXTRA = 0.01
 """What a storage is taken to add at least, as a share of what its block takes under ``keep``."""
 
@@ -58,7 +61,7 @@ class Costs:
         return BLOCK_FIELDS * len(self._kinds) + FIELDS * len(self._costs)
 
     def update(self, maxima: Sequence[float]) -> None:
-        """Fold in what all ranks sent; a number that a faulty rank made non-finite is left out."""
+        """Fold in what all ranks sent; a number that a faulty rank made non-finite or absurd is left out or cut off."""
         blocks = len(self._kinds)
         step, forward, call = (maxima[i * blocks : (i + 1) * blocks] for i in range(BLOCK_FIELDS))
         self.step_tokens = _latest(self.step_tokens, step)
@@ -99,11 +102,11 @@ class Costs:
 
     def held_bytes(self, index: int, storage: str) -> int:
         """From the block's forward to its backward, by all forwards in flight at once; 0 while not measured."""
-        return math.ceil((self.of(index, storage).held_bytes or 0.0) * self.forward_tokens[index])
+        return _whole_bytes(self.of(index, storage).held_bytes, self.forward_tokens[index])
 
     def working_set_bytes(self, index: int, storage: str) -> int:
         """On top of what is held, while one call of the block is in backward; 0 while not measured."""
-        return math.ceil((self.of(index, storage).working_set_bytes or 0.0) * self.call_tokens[index])
+        return _whole_bytes(self.of(index, storage).working_set_bytes, self.call_tokens[index])
 
     def table(
         self,
@@ -159,13 +162,18 @@ class Costs:
         return max(held) if held else None
 
 
+def _whole_bytes(per_token: float | None, tokens: float) -> int:
+    return math.ceil(min(max(0.0, (per_token or 0.0) * tokens), MOST_BYTES))
+
+
 def _latest(old: Sequence[float], new: Sequence[float]) -> tuple[float, ...]:
-    return tuple(b if math.isfinite(b) and b > 0 else a for a, b in zip(old, new, strict=True))
+    return tuple(b if 0 < b <= MOST_BYTES else a for a, b in zip(old, new, strict=True))
 
 
 def _folded(old: StorageCost, values: Sequence[float]) -> StorageCost:
     seconds, extra, held, working_set, refused = (
-        value if math.isfinite(value) and value > UNKNOWN / 2 else None for value in values
+        value if abs(value) <= MOST_BYTES else None
+        for value in values  # UNKNOWN is beyond, NaN is not within
     )
     return StorageCost(
         seconds=old.seconds if seconds is None else seconds,

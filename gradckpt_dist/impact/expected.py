@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gradckpt_dist.impact.base import LARGEST_SUM
 from gradckpt_dist.impact.factors import ErrorFactors
 from gradckpt_dist.impact.influence import first_order
 from gradckpt_dist.impact.margin import FIRST_SHARE, Margin
@@ -65,11 +66,11 @@ class ExpectedErrors:
 
         ``values``: as ``squared`` takes them, this window included.
         """
-        if weights and all(map(math.isfinite, weights)) and sum(weights[:-1]) > 0:
+        if weights and all(0 <= value <= LARGEST_SUM for value in weights) and sum(weights[:-1]) > 0:
             *squares, steps = weights
             self._weights.update(np.array([steps]), steps * _shared_out(np.array([squares])))
         *rows, dropped = sums
-        self.dropped_probes += int(dropped) if math.isfinite(dropped) and dropped > 0 else 0
+        self.dropped_probes += int(dropped) if 0 < dropped <= LARGEST_SUM else 0
         table = np.array(rows, dtype=np.float64).reshape(len(self._kinds), block_fields(len(self.lossy)))
         self._gradients.update(table[:, 0], table[:, 1:3])
         self._update_factors(table[:, 3:].reshape(len(self._kinds), len(self.lossy), 5), values)
@@ -122,7 +123,7 @@ class ExpectedErrors:
     def _update_factors(self, table: Array, values: Sequence[float]) -> None:
         """``table`` [blocks, lossy, 5]: probes, and sums over them as ``ProbeStatistics._row`` has them."""
         counts = table[:, :, 0]
-        sound = (counts >= 1) & np.isfinite(table).all(axis=2) & (table >= 0).all(axis=2)
+        sound = (counts >= 1) & ((table >= 0) & (table <= LARGEST_SUM)).all(axis=2)
         blocks, storages = np.nonzero(sound)
         means = table[blocks, storages, 1:] / counts[blocks, storages, None]
         due = self._factors.variances().mean(axis=2)[blocks, storages]
@@ -170,7 +171,7 @@ class _Means:
 
     def update(self, counts: Array, sums: Array) -> None:
         """Fold in sums [blocks, fields] over as many samples."""
-        sound = (counts >= 1) & np.isfinite(counts) & np.isfinite(sums).all(axis=1) & (sums >= 0).all(axis=1)
+        sound = (counts >= 1) & (counts <= LARGEST_SUM) & ((sums >= 0) & (sums <= LARGEST_SUM)).all(axis=1)
         for block in np.flatnonzero(sound):
             self.updates[block] += 1
             weight = 1 / min(int(self.updates[block]), self._memory)

@@ -138,6 +138,39 @@ def test_a_text_that_is_no_facts_is_refused_on_every_rank(garbage: bytes) -> Non
         assert "JSON" in error.reason
 
 
+@pytest.mark.parametrize("verdict", [b"{", b"[1]", b'{"rank": 9, "reason": "x"}', b'{"rank": 4}', b"\x80\x04N."])
+def test_a_verdict_that_is_none_is_refused(verdict: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = RollCall._read_verdict
+
+    def garbled(calls: RollCall, key: str) -> Any:
+        calls._store.set(key, verdict)
+        return read(calls, key)
+
+    monkeypatch.setattr(RollCall, "_read_verdict", garbled)
+    for error in _all(lambda calls, rank: calls.compare({"seed": 0}, 0)):
+        assert isinstance(error, AgreementError)
+
+
+def test_all_are_here_only_if_all_come_at_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roll_call, "JOINED_SECONDS", 0.5)
+    assert _all(lambda calls, rank: [calls.all_here(step) for step in (3, 3, 5)]) == [[True] * 3] * 3
+    assert _all(lambda calls, rank: calls.all_here(3 if rank != 5 else 4)) == [False] * 3
+    assert _all(lambda calls, rank: calls.all_here(3) if rank != 5 else None) == [False, None, False]
+
+
+def test_who_was_left_alone_once_waits_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roll_call, "JOINED_SECONDS", 0.5)
+
+    def alone(calls: RollCall, rank: int) -> tuple[list[bool], float]:
+        first = calls.all_here(1)
+        started = time.monotonic()
+        return [first, *(calls.all_here(step) for step in range(2, 100))], time.monotonic() - started
+
+    ((answers, seconds),) = _all(alone, ranks=RANKS[:1])
+    assert not any(answers)
+    assert seconds < 10
+
+
 def test_survivors_are_those_who_saw_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roll_call, "_LAST_WORDS_SECONDS", 0.5)
     assert _all(lambda calls, rank: calls.survivors() if rank != 5 else None) == [[4, 7], None, [4, 7]]
@@ -158,6 +191,14 @@ def test_a_rank_that_notices_later_goes_by_what_the_others_found(monkeypatch: py
     assert late is not None
     assert (first[0], late[0]) == ([4], [4, 7])
     assert late[1] < 2
+
+
+def test_the_last_to_see_a_failure_is_known_to_all() -> None:
+    def fail(calls: RollCall, rank: int) -> tuple[list[int], int]:
+        time.sleep(1.0 * (rank == 5))
+        return calls.survivors(), calls.last_survivor()
+
+    assert _all(fail) == [(list(RANKS), 5)] * 3
 
 
 def test_survivors_do_not_wait_once_all_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
