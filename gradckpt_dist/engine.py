@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gradckpt_dist.agreement import Agreement, Decision
-from gradckpt_dist.blocks import Block, BlockSwitch
+from gradckpt_dist.blocks import Block, BlockSwitch, install_all
 from gradckpt_dist.boundary import StepBoundary
 from gradckpt_dist.config import Config
 from gradckpt_dist.cost.budget import Budget
@@ -83,15 +83,7 @@ class Engine:
         Raises:
             ConflictError: a block is switched already; then nothing has been changed.
         """
-        installed: list[BlockSwitch] = []
-        try:
-            for switch in self._switches:
-                switch.install()
-                installed.append(switch)
-        except BaseException:
-            for switch in installed:
-                switch.undo()
-            raise
+        install_all(self._switches)
         self._observer.attach(root)
         self._boundary = StepBoundary(root, optimizer, self)
         self._memory_report = OutOfMemoryReport(self._report_out_of_memory)
@@ -394,10 +386,7 @@ class Engine:
             return self._step + 1
         if self._pinned:
             return _NEVER
-        step = self._step + 1
-        while not (self._schedule.is_sampled(step) or self._schedule.is_decision(step)):
-            step += 1
-        return step
+        return self._schedule.next_busy(self._step + 1)
 
     def _log_mask(self, event: str) -> None:
         also = {

@@ -47,3 +47,9 @@ class Schedule:
     def is_measured(self, step: int) -> bool:
         """Whether bytes are counted in this step: the last one before a decision."""
         return self.is_decision(step + 1)
+
+    def next_busy(self, step: int) -> int:
+        """The first step from ``step`` on that is sampled or before which statistics are launched."""
+        while not (self.is_sampled(step) or self.is_decision(step)):
+            step += 1
+        return step

@@ -19,7 +19,7 @@ Domain = ProcessGroup | Sequence[int]
 """A process group, or global ranks in ascending order, this one among them."""
 
 _PIPELINING = "torch.distributed.pipelining.stage"
-_PIPELINE_DIMENSION = re.compile(r"pp|pipe\w*|stages?")
+_PIPELINE_DIMENSION = r"pp|pipe\w*|stages?"
 
 
 def domain_of(model: nn.Module) -> tuple[int, ...] | None:
@@ -83,7 +83,7 @@ def _without_pipeline(mesh: Any) -> tuple[int, ...]:
     """The ranks of this mesh that are at the same place of its pipeline dimension."""
     ranks, place = mesh.mesh, mesh.get_coordinate()
     for dimension, name in reversed(list(enumerate(mesh.mesh_dim_names or ()))):
-        if _PIPELINE_DIMENSION.fullmatch(name):
+        if re.fullmatch(_PIPELINE_DIMENSION, name):
             ranks = ranks.select(dimension, place[dimension])
     return tuple(sorted(map(int, ranks.flatten())))
 

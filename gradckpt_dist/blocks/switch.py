@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -34,6 +34,23 @@ class Dispatch(Protocol):
         compiled block are a part of its compiled code, and run with every call of ``forward``.
         """
         ...
+
+
+def install_all(switches: Sequence[BlockSwitch]) -> None:
+    """Install every switch.
+
+    Raises:
+        ConflictError: a block is switched already; then nothing has been changed.
+    """
+    installed: list[BlockSwitch] = []
+    try:
+        for switch in switches:
+            switch.install()
+            installed.append(switch)
+    except BaseException:
+        for switch in installed:
+            switch.undo()
+        raise
 
 
 class BlockSwitch:
