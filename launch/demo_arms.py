@@ -72,8 +72,15 @@ def process_tree(root: int) -> set[Process]:
 
 def await_states(processes: Iterable[Process], states: str) -> None:
     """A signal is on its way for a moment: return when it has arrived everywhere."""
-    while any(process.state() not in states for process in processes):
+    while not all(process.state() in states or _waits_to_stop(process, states) for process in processes):
         time.sleep(0.001)
+
+
+def _waits_to_stop(process: Process, states: str) -> bool:
+    """Between vfork and exec a process sleeps until its child goes on; stopped, that one never does."""
+    if "T" not in states or process.state() != "D":
+        return False
+    return any(child.state() == "T" for child in process_tree(process.number) - {process})
 
 
 @dataclass
