@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from gradckpt_dist.errors import StorageError
@@ -94,6 +96,11 @@ class Recipe:
     keeps: StorageWeakRef
     """Of the output, whose identity is not to be used again either."""
 
+    def touches(self, identity: int) -> bool:
+        """Whether it makes or reads this storage."""
+        read = (value.reference.cdata for value in self.args if isinstance(value, _Operand))
+        return identity == self.keeps.cdata or identity in read
+
 
 class Recipes:
     """The recipes of one forward of a block, by what they make."""
@@ -104,6 +111,7 @@ class Recipes:
     def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """An operation has run, on plain tensors or others."""
         if function not in _CHEAP:
+            self._forget(list(_written(function, args, kwargs)))
             return
         output = result[0] if isinstance(result, tuple) else result
         tensors = [value for value in (output, *args) if isinstance(value, Tensor)]
@@ -118,6 +126,12 @@ class Recipes:
     def bind(self, key: Key, find: Callable[[Key], Source | None]) -> Derivation | None:
         """What makes the storage of ``key`` from those that ``find`` knows; None where that cannot be done."""
         return self._bind(key, find, _MOST_STEPS)
+
+    def _forget(self, written: list[Tensor]) -> None:
+        """What these made or were made of is no longer so; a write through ``.data`` leaves the version as it was."""
+        for tensor in written:
+            identity = tensor.untyped_storage()._cdata
+            self._recipes = {key: recipe for key, recipe in self._recipes.items() if not recipe.touches(identity)}
 
     def _bind(self, key: Key, find: Callable[[Key], Source | None], steps: int) -> Derivation | None:
         recipe = self._recipes.get(key)
@@ -194,6 +208,22 @@ class Derivation:
             return False
         storage, own = storages[first.key]
         return own and storage.nbytes() == self._recipe.storage_bytes
+
+
+def _written(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """The plain tensors that an operation writes to."""
+    for position, name in _write_arguments(function):
+        value = args[position] if position < len(args) else kwargs.get(name)
+        for tensor in value if isinstance(value, (list, tuple)) else (value,):
+            if type(tensor) is Tensor and tensor.layout is torch.strided:
+                yield tensor
+
+
+@cache
+def _write_arguments(function: Any) -> tuple[tuple[int, str], ...]:
+    arguments = function._schema.arguments if isinstance(function, OpOverload) else ()
+    written = (value.alias_info is not None and value.alias_info.is_write for value in arguments)
+    return tuple((position, arguments[position].name) for position, writes in enumerate(written) if writes)
 
 
 def _is_usable(tensor: Tensor) -> bool:
