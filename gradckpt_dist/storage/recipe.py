@@ -86,7 +86,7 @@ class _Operand:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """One call of a cheap operation, tensors but parameters replaced by operands."""
+    """One call of a cheap operation, parameters replaced by copies, other tensors by operands."""
 
     function: Any
     args: tuple[Any, ...]
@@ -138,16 +138,11 @@ class Recipes:
         if recipe is None or not steps:
             return None
         sources: dict[Key, Source] = {}
-        args: list[Any] = []
         size_bytes = 0
         for value in recipe.args:
             if isinstance(value, Tensor):
-                # It may be freed, gathered again or stepped before backward.
-                args.append(value.detach().clone())
                 size_bytes += value.nbytes
-                continue
-            args.append(value)
-            if isinstance(value, _Operand):
+            elif isinstance(value, _Operand):
                 found = find(value.key) or self._bind(value.key, find, steps - 1)
                 if found is None:
                     return None
@@ -155,17 +150,16 @@ class Recipes:
         if not sources:
             return None
         size_bytes += sum(source.size_bytes for source in sources.values() if isinstance(source, Derivation))
-        return Derivation(recipe, tuple(args), sources, size_bytes)
+        return Derivation(recipe, sources, size_bytes)
 
 
 class Derivation:
     """A recipe with what it is made of."""
 
-    __slots__ = ("_args", "_recipe", "_sources", "size_bytes")
+    __slots__ = ("_recipe", "_sources", "size_bytes")
 
-    def __init__(self, recipe: Recipe, args: tuple[Any, ...], sources: dict[Key, Source], size_bytes: int) -> None:
+    def __init__(self, recipe: Recipe, sources: dict[Key, Source], size_bytes: int) -> None:
         self._recipe = recipe
-        self._args = args
         self._sources = sources
         self.size_bytes = size_bytes
         """Copies of parameters."""
@@ -179,7 +173,8 @@ class Derivation:
         over = self._recipe.function in _POINTWISE
         storages = {key: source.lend(overwritten=over) for key, source in self._sources.items()}
         args = [
-            value.layout.view(storages[value.key][0]) if isinstance(value, _Operand) else value for value in self._args
+            value.layout.view(storages[value.key][0]) if isinstance(value, _Operand) else value
+            for value in self._recipe.args
         ]
         with plain_torch():
             if over and self._fits_first(storages):
@@ -201,7 +196,7 @@ class Derivation:
 
     def _fits_first(self, storages: dict[Key, tuple[torch.UntypedStorage, bool]]) -> bool:
         """Whether the output can take the memory of the first argument."""
-        first, *others = self._args
+        first, *others = self._recipe.args
         if not isinstance(first, _Operand) or first.layout != self._recipe.output:
             return False
         if any(isinstance(other, _Operand) and other.key == first.key and other != first for other in others):
@@ -238,6 +233,7 @@ def _is_strided(tensor: Tensor) -> bool:
 
 def _operand(tensor: Tensor) -> Any:
     if is_parameter(tensor):
-        return tensor
+        # The original may be freed after its module's forward, gathered again, stepped before backward.
+        return tensor.detach().clone()
     reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
     return _Operand(reference, tensor._version, Layout.of(tensor))
