@@ -51,6 +51,8 @@ class DirectKernel:
 
     def _compile_inner(self, graph: Any, inputs: Sequence[Any], **options: Any) -> Any:
         code = compile_fx_inner(graph, inputs, **options)
+        if self._state is not _UNTRIED:
+            return code  # made anew for what guards did not let pass; what was compared stays
         sizes = sum(not isinstance(value, Tensor) for value in inputs)
         leading = not isinstance(inputs[0], Tensor)
         self._inner = getattr(code, "current_callable", None) if sizes == 1 and leading else None

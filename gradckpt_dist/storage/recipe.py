@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from gradckpt_dist.errors import StorageError
@@ -84,7 +86,7 @@ class _Operand:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """One call of a cheap operation, tensors but parameters replaced by operands."""
+    """One call of a cheap operation, parameters replaced by copies, other tensors by operands."""
 
     function: Any
     args: tuple[Any, ...]
@@ -93,6 +95,11 @@ class Recipe:
     storage_bytes: int
     keeps: StorageWeakRef
     """Of the output, whose identity is not to be used again either."""
+
+    def touches(self, identity: int) -> bool:
+        """Whether it makes or reads this storage."""
+        read = (value.reference.cdata for value in self.args if isinstance(value, _Operand))
+        return identity == self.keeps.cdata or identity in read
 
 
 class Recipes:
@@ -104,6 +111,7 @@ class Recipes:
     def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """An operation has run, on plain tensors or others."""
         if function not in _CHEAP:
+            self._forget(list(_written(function, args, kwargs)))
             return
         output = result[0] if isinstance(result, tuple) else result
         tensors = [value for value in (output, *args) if isinstance(value, Tensor)]
@@ -119,21 +127,22 @@ class Recipes:
         """What makes the storage of ``key`` from those that ``find`` knows; None where that cannot be done."""
         return self._bind(key, find, _MOST_STEPS)
 
+    def _forget(self, written: list[Tensor]) -> None:
+        """What these made or were made of is no longer so; a write through ``.data`` leaves the version as it was."""
+        for tensor in written:
+            identity = tensor.untyped_storage()._cdata
+            self._recipes = {key: recipe for key, recipe in self._recipes.items() if not recipe.touches(identity)}
+
     def _bind(self, key: Key, find: Callable[[Key], Source | None], steps: int) -> Derivation | None:
         recipe = self._recipes.get(key)
         if recipe is None or not steps:
             return None
         sources: dict[Key, Source] = {}
-        args: list[Any] = []
         size_bytes = 0
         for value in recipe.args:
             if isinstance(value, Tensor):
-                # It may be freed, gathered again or stepped before backward.
-                args.append(value.detach().clone())
                 size_bytes += value.nbytes
-                continue
-            args.append(value)
-            if isinstance(value, _Operand):
+            elif isinstance(value, _Operand):
                 found = find(value.key) or self._bind(value.key, find, steps - 1)
                 if found is None:
                     return None
@@ -141,17 +150,16 @@ class Recipes:
         if not sources:
             return None
         size_bytes += sum(source.size_bytes for source in sources.values() if isinstance(source, Derivation))
-        return Derivation(recipe, tuple(args), sources, size_bytes)
+        return Derivation(recipe, sources, size_bytes)
 
 
 class Derivation:
     """A recipe with what it is made of."""
 
-    __slots__ = ("_args", "_recipe", "_sources", "size_bytes")
+    __slots__ = ("_recipe", "_sources", "size_bytes")
 
-    def __init__(self, recipe: Recipe, args: tuple[Any, ...], sources: dict[Key, Source], size_bytes: int) -> None:
+    def __init__(self, recipe: Recipe, sources: dict[Key, Source], size_bytes: int) -> None:
         self._recipe = recipe
-        self._args = args
         self._sources = sources
         self.size_bytes = size_bytes
         """Copies of parameters."""
@@ -165,7 +173,8 @@ class Derivation:
         over = self._recipe.function in _POINTWISE
         storages = {key: source.lend(overwritten=over) for key, source in self._sources.items()}
         args = [
-            value.layout.view(storages[value.key][0]) if isinstance(value, _Operand) else value for value in self._args
+            value.layout.view(storages[value.key][0]) if isinstance(value, _Operand) else value
+            for value in self._recipe.args
         ]
         with plain_torch():
             if over and self._fits_first(storages):
@@ -187,13 +196,29 @@ class Derivation:
 
     def _fits_first(self, storages: dict[Key, tuple[torch.UntypedStorage, bool]]) -> bool:
         """Whether the output can take the memory of the first argument."""
-        first, *others = self._args
+        first, *others = self._recipe.args
         if not isinstance(first, _Operand) or first.layout != self._recipe.output:
             return False
         if any(isinstance(other, _Operand) and other.key == first.key and other != first for other in others):
             return False
         storage, own = storages[first.key]
         return own and storage.nbytes() == self._recipe.storage_bytes
+
+
+def _written(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """The plain tensors that an operation writes to."""
+    for position, name in _write_arguments(function):
+        value = args[position] if position < len(args) else kwargs.get(name)
+        for tensor in value if isinstance(value, (list, tuple)) else (value,):
+            if type(tensor) is Tensor and tensor.layout is torch.strided:
+                yield tensor
+
+
+@cache
+def _write_arguments(function: Any) -> tuple[tuple[int, str], ...]:
+    arguments = function._schema.arguments if isinstance(function, OpOverload) else ()
+    written = (value.alias_info is not None and value.alias_info.is_write for value in arguments)
+    return tuple((position, arguments[position].name) for position, writes in enumerate(written) if writes)
 
 
 def _is_usable(tensor: Tensor) -> bool:
@@ -208,6 +233,7 @@ def _is_strided(tensor: Tensor) -> bool:
 
 def _operand(tensor: Tensor) -> Any:
     if is_parameter(tensor):
-        return tensor
+        # The original may be freed after its module's forward, gathered again, stepped before backward.
+        return tensor.detach().clone()
     reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
     return _Operand(reference, tensor._version, Layout.of(tensor))
