@@ -50,10 +50,10 @@ def test_decisions_leave_nothing_behind(policy: str) -> None:
     resident = _kibibytes(_STATUS, "VmRSS") << 10
     tracemalloc.start()
     try:
-        _decide(model, engine, optimizer, DECISIONS // 20)  # what tracing itself needs
+        _decide(model, engine, optimizer, DECISIONS // 3)  # what tracing itself needs
         gc.collect()
         traced = tracemalloc.get_traced_memory()[0]
-        _decide(model, engine, optimizer, DECISIONS // 10)
+        _decide(model, engine, optimizer, DECISIONS // 3)
         gc.collect()
         growth = tracemalloc.get_traced_memory()[0] - traced
     finally:

@@ -61,7 +61,7 @@ def test_table_agrees_with_the_extras_and_with_the_versions_that_tests_run() -> 
         line.split("==") for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if "==" in line
     )
     for framework, support in versions.FRAMEWORKS.items():
-        (extra,) = map(Requirement, project["optional-dependencies"][framework])
+        extra, *_ = map(Requirement, project["optional-dependencies"][framework])
         assert extra.name == framework
         assert {str(part) for part in extra.specifier} == {f">={support.lowest}", f"<{support.below}"}
         assert support.tested == constraints[framework] == versions.installed_version(framework)
