@@ -61,15 +61,12 @@ class Engine:
         self._observer = Observer(modules, scope, device, self._gate.context, probe_schedule(scope, config.interval))
         self._knowledge = Knowledge(scope, Budget.of(config))
         self._journal = Journal(config, agreement)
-        self._step = -1
-        self._wake_step = 0
+        self._step, self._wake_step, self._launched_step = -1, 0, 0
         self._turn = Turn.IDLE
-        self._pinned = False
+        self._pinned = self._feasible = False
         self._desk = PlanningDesk()
         self._plan: Plan | None = None
         self._totals: Totals | None = None
-        self._launched_step = 0
-        self._feasible = False
         self._theta: float | None = None
         self._plugin_seconds = 0.0
         names = tuple(block.name for block in blocks)
@@ -174,11 +171,11 @@ class Engine:
         self._policy = create_policy(config)
         self._knowledge.budget = Budget.of(config)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, alone: bool = False) -> dict[str, Any]:
         """Plain values, the same on every rank, with which another run goes on, of any number of ranks.
 
         Take it between two steps, on every rank: what each has gathered since the last decision is added up. A rank
-        that is not joined by the others within a few seconds leaves that part out.
+        that is ``alone``, or is not joined by the others within a few seconds, leaves that part out.
 
         Raises:
             AgreementError: the all-reduces of the decision under way failed.
@@ -187,7 +184,7 @@ class Engine:
             self._end_sample()
         if self._turn is Turn.REDUCING:
             self._collect()
-        window = self._observer.window()
+        window = None if alone else self._observer.window()
         gathered = None if window is None else self._agreement.add_up(window.sums, window.maxima, self._step)
         return SavedState(
             version=__version__,

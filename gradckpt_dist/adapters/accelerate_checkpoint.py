@@ -79,8 +79,9 @@ class _CheckpointFile:
         self.name = name
 
     def save(self, _models: list[nn.Module], _weights: list[Any], folder: str) -> None:
+        state = self._engine.state_dict()
         if self._accelerator.is_main_process:
-            torch.save(self._engine.state_dict(), Path(folder, self.name))
+            torch.save(state, Path(folder, self.name))
 
     def load(self, _models: list[nn.Module], folder: str) -> None:
         from accelerate.utils import broadcast_object_list  # noqa: PLC0415

@@ -38,9 +38,9 @@ class GradckptCallback(TrainerCallback, ExportableState):
         """The engine's state in the checkpoint that training resumes from, until it is taken up."""
 
     def state(self) -> dict[str, Any]:
-        """What the Trainer saves with a checkpoint: the same on all ranks, in plain values."""
+        """What the Trainer saves with a checkpoint, in plain values; it asks the rank that writes, and no other."""
         config = None if self._config is None else self._config.to_dict()
-        saved = self.saved if self.engine is None else self.engine.state_dict()
+        saved = self.saved if self.engine is None else self.engine.state_dict(alone=True)
         return {"args": {"config": config}, "attributes": {"saved": saved}}
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
