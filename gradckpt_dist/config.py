@@ -20,7 +20,7 @@ from gradckpt_dist.errors import ConfigError
 from gradckpt_dist.mask import STORAGE_NAMES
 
 SECTION = "gradckpt"
-EXACT_STORAGES = ("keep", "recompute", "selective", "selective_half")
+EXACT_STORAGES = ("keep", "recompute", "selective", "selective_half", "derive")
 """The exact storages that a mask may use unless ``storages`` says otherwise; ``offload`` has to be asked for."""
 LOSSY_STORAGES = ("compress8", "compress4", "selective8", "selective4")
 

@@ -21,6 +21,7 @@ STORAGE_NAMES = (
     "selective8",
     "selective4",
     "offload",
+    "derive",
 )
 """Every storage; its position is its code on the wire, so entries are only ever appended."""
 

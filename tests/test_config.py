@@ -163,7 +163,7 @@ def test_values_are_normalised() -> None:
 
 
 def test_storages_follow_from_the_tolerance() -> None:
-    assert set(Config().storages) == {"keep", "recompute", "selective", "selective_half"}
+    assert set(Config().storages) == {"keep", "recompute", "selective", "selective_half", "derive"}
     assert set(Config(gradient_tolerance=0.01).storages) == set(Config().storages) | set(LOSSY_STORAGES)
     assert Config.from_dict({"memory_budget": None}).memory_budget == "auto"
 

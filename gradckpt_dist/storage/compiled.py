@@ -45,18 +45,21 @@ class CompiledSelective(Storage):
         self._variant = _Variant.of(block, self._core, self.budget)
 
     def run(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        self.ensure_verified(forward, args, kwargs)
+        return self._variant(self._core, *args, **kwargs)
+
+    def ensure_verified(self, forward: Forward, args: Any, kwargs: Any) -> None:
+        """Before the first call with each shape.
+
+        Raises:
+            StorageError: a gradient of the variant differs from one of the user's own compilation.
+        """
         shapes = _shapes(args, kwargs)
         if shapes not in self._variant.verified:
             self._verify(forward, args, kwargs)
             self._variant.verified.add(shapes)
-        return self._variant(self._core, *args, **kwargs)
 
     def _verify(self, forward: Forward, args: Any, kwargs: Any) -> None:
-        """Compare with the user's own compilation.
-
-        Raises:
-            StorageError: a gradient differs.
-        """
         reference = self._gradients(forward, args, kwargs)
         ours = self._gradients(lambda *a, **k: self._variant(self._core, *a, **k), args, kwargs)
         for one, other in zip(reference, ours, strict=True):

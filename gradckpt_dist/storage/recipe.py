@@ -147,9 +147,9 @@ class Recipes:
                 if found is None:
                     return None
                 sources[value.key] = found
-        if not sources:
-            return None
         size_bytes += sum(source.size_bytes for source in sources.values() if isinstance(source, Derivation))
+        if not sources or size_bytes >= recipe.storage_bytes:
+            return None
         return Derivation(recipe, sources, size_bytes)
 
 

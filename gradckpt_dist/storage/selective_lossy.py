@@ -9,10 +9,9 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from gradckpt_dist.errors import StorageError
-from gradckpt_dist.storage.compiled import is_compiled
-from gradckpt_dist.storage.compress import CompressedCall, refuse_double_backward
+from gradckpt_dist.storage.compress import CompressedCall
 from gradckpt_dist.storage.context import StorageContext
+from gradckpt_dist.storage.deferred import refuse_double_backward
 from gradckpt_dist.storage.ledger import is_parameter
 from gradckpt_dist.storage.lineage import Role
 from gradckpt_dist.storage.noise import NoiseSource
@@ -32,7 +31,7 @@ class Selective8(Selective):
     is made of weights alone or without anything that trains, and what ``compress8`` would not compress either.
 
     Raises:
-        StorageError: the block is compiled; inside a torch.func transform; in backward with ``create_graph``.
+        StorageError: inside a torch.func transform; in backward with ``create_graph``.
     """
 
     name = "selective8"
@@ -40,11 +39,6 @@ class Selective8(Selective):
     bits: ClassVar[int] = 8
 
     def __init__(self, block: nn.Module, noise: NoiseSource) -> None:
-        if is_compiled(block):
-            raise StorageError(
-                f"{self.name!r} is refused for the compiled {type(block).__name__}, whose operations it cannot see; "
-                "use compress8 or compress4 there"
-            )
         super().__init__(block)
         self.noise = noise
         self.account = Account()

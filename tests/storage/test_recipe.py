@@ -17,7 +17,11 @@ from gradckpt_dist.storage import create_storage
 ROWS = WIDTH = 128
 CODES = ROWS * WIDTH + ROWS * WIDTH // 128 * 6
 """Bytes of a [128, 128] of float32 in 8 bits."""
-BOUND = {"keep": 0.0, "compress8": 0.025, "compress4": 0.3}
+WHOLE = ROWS * WIDTH * 4
+HELD = {"compress8": CODES, "derive": WHOLE}
+"""Bytes of what is not made again."""
+BOUND = {"keep": 0.0, "derive": 0.0, "compress8": 0.025, "compress4": 0.3}
+both = pytest.mark.parametrize("name", HELD)
 
 
 class Function(nn.Module):
@@ -80,37 +84,42 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return (functional.silu(gate) * up).square()
 
 
-def test_gelu() -> None:
+@both
+def test_gelu(name: str) -> None:
     block = Function(lambda x: functional.gelu(x).square())
-    assert check("compress8", block, leaf()) == CODES
+    assert check(name, block, leaf()) == HELD[name]
     tanh = Function(lambda x: functional.gelu(x, approximate="tanh").square())
-    assert check("compress8", tanh, leaf()) == CODES
+    assert check(name, tanh, leaf()) == HELD[name]
 
 
-def test_swiglu() -> None:
+@both
+def test_swiglu(name: str) -> None:
     # Saved are the gate, its SiLU, up and the product.
-    assert check("compress8", Function(swiglu), leaf(), leaf()) == 2 * CODES
+    assert check(name, Function(swiglu), leaf(), leaf()) == 2 * HELD[name]
 
 
+@both
 @pytest.mark.parametrize(
     ("norm", "vectors"), [(nn.LayerNorm(WIDTH), 2), (nn.RMSNorm(WIDTH), 1), (LlamaNorm(), 1)], ids=lambda value: ""
 )
-def test_norms(norm: nn.Module, vectors: int) -> None:
+def test_norms(name: str, norm: nn.Module, vectors: int) -> None:
     block = nn.Sequential(norm, nn.Linear(WIDTH, WIDTH))
     # The input, as many statistics as there are, and copies of the norm's parameters.
-    assert check("compress8", block, leaf()) == CODES + vectors * (ROWS + WIDTH) * 4
+    assert check(name, block, leaf()) == HELD[name] + vectors * (ROWS + WIDTH) * 4
 
 
-def test_dropout_after_gelu() -> None:
+@both
+def test_dropout_after_gelu(name: str) -> None:
     linear = nn.Linear(WIDTH, WIDTH)
     block = Function(lambda x: linear(functional.dropout(functional.gelu(x), 0.5)), linear)
-    assert check("compress8", block, leaf()) == 2 * CODES  # the input, and the mask
+    assert check(name, block, leaf()) == 2 * HELD[name]  # the input, and the mask
 
 
-def test_cast_under_autocast() -> None:
+@both
+def test_cast_under_autocast(name: str) -> None:
     linear = nn.Linear(WIDTH, WIDTH, bias=False)
     block = Function(lambda x: linear(x) + x.sin(), linear)
-    assert check("compress8", block, leaf(), autocast=True) == CODES + WIDTH * WIDTH * 2  # and the weight's cast
+    assert check(name, block, leaf(), autocast=True) == HELD[name] + WIDTH * WIDTH * 2  # and the weight's cast
 
 
 def test_four_bits() -> None:
@@ -126,7 +135,7 @@ def normed() -> tuple[nn.LayerNorm, nn.Linear, nn.Module]:
     return norm, linear, nn.Sequential(norm, linear)
 
 
-@pytest.mark.parametrize("name", ["keep", "compress8"])
+@pytest.mark.parametrize("name", ["keep", *HELD])
 def test_a_stepped_weight_of_a_norm_raises_where_the_norm_is_differentiated(name: str) -> None:
     norm, _, block = normed()
     output = create_storage(name, block).run(block, leaf())
@@ -136,32 +145,36 @@ def test_a_stepped_weight_of_a_norm_raises_where_the_norm_is_differentiated(name
         output.sum().backward()
 
 
-def test_a_stepped_weight_of_a_norm_is_that_of_the_forward() -> None:
+@both
+def test_a_stepped_weight_of_a_norm_is_that_of_the_forward(name: str) -> None:
     x, gradients = leaf(), []
-    for name in ("keep", "compress8"):
+    for one in ("keep", name):
         norm, linear, block = normed()
-        output = create_storage(name, block).run(block, x)
+        output = create_storage(one, block).run(block, x)
         with torch.no_grad():
             norm.weight.mul_(2)
         gradients.append(list(torch.autograd.grad(output.square().sum(), [linear.weight])))
-    assert relative_error(gradients[1], gradients[0]) <= BOUND["compress8"]
+    assert relative_error(gradients[1], gradients[0]) <= BOUND[name]
 
 
-def test_what_was_written_to_is_not_made_again() -> None:
+@both
+def test_what_was_written_to_is_not_made_again(name: str) -> None:
     block = Function(lambda x: functional.gelu(x).mul_(3).square())
-    assert check("compress8", block, leaf()) == 2 * CODES
+    assert check(name, block, leaf()) == 2 * HELD[name]
 
 
-def test_what_was_written_to_past_autograd_is_not_made_again() -> None:
+@both
+def test_what_was_written_to_past_autograd_is_not_made_again(name: str) -> None:
     def function(x: Tensor) -> Tensor:
         y = functional.gelu(x)
         y.data.add_(3)
         return y.square()
 
-    assert check("compress8", Function(function), leaf()) == 2 * CODES
+    assert check(name, Function(function), leaf()) == 2 * HELD[name]
 
 
-def test_a_source_changed_during_the_forward_is_none() -> None:
+@both
+def test_a_source_changed_during_the_forward_is_none(name: str) -> None:
     linear = nn.Linear(WIDTH, WIDTH)
 
     def function(x: Tensor) -> Tensor:
@@ -171,13 +184,13 @@ def test_a_source_changed_during_the_forward_is_none() -> None:
         return output
 
     x, block, gradients = leaf(), Function(function, linear), []
-    for name in ("keep", "compress8"):
-        output = create_storage(name, block).run(block, x)
+    for one in ("keep", name):
+        output = create_storage(one, block).run(block, x)
         gradients.append(list(torch.autograd.grad(output.sum(), [linear.weight])))
-    assert relative_error(gradients[1], gradients[0]) <= BOUND["compress8"]
+    assert relative_error(gradients[1], gradients[0]) <= BOUND[name]
 
 
-@pytest.mark.parametrize("name", ["keep", "compress8"])
+@pytest.mark.parametrize("name", ["keep", *HELD])
 def test_a_source_changed_after_the_forward_raises(name: str) -> None:
     mask, x = torch.rand(ROWS, WIDTH), leaf()
     block = Function(lambda x, mask: (functional.gelu(x) * mask).square())
@@ -193,37 +206,41 @@ def test_a_source_changed_after_the_forward_raises(name: str) -> None:
         output.sum().backward()
 
 
+@both
 @pytest.mark.parametrize(
     "product",
     [lambda s: s * s, lambda s: s * s.t(), lambda s: s.t() * s, lambda s: s.t() * s.t(), lambda s: s * s[:1]],
 )
-def test_products_with_itself(product: Callable[[Tensor], Tensor]) -> None:
+def test_products_with_itself(name: str, product: Callable[[Tensor], Tensor]) -> None:
     # Held are what sine and the product read.
-    assert check("compress8", Function(lambda x: product(x.sin()).square()), leaf()) == 2 * CODES
+    assert check(name, Function(lambda x: product(x.sin()).square()), leaf()) == 2 * HELD[name]
 
 
-def test_product_with_its_flip() -> None:
+@both
+def test_product_with_its_flip(name: str) -> None:
     def function(x: Tensor) -> Tensor:
         y = x.sin()
         return (y * y.flip(0)).square()
 
-    assert check("compress8", Function(function), leaf()) == 3 * CODES
+    assert check(name, Function(function), leaf()) == 3 * HELD[name]
 
 
-def test_a_retained_graph_gives_the_same_again() -> None:
+@both
+def test_a_retained_graph_gives_the_same_again(name: str) -> None:
     block, inputs = Function(swiglu), (leaf(), leaf())
     _, reference = measured("keep", block, *inputs)
-    storage = create_storage("compress8", block)
+    storage = create_storage(name, block)
     output = storage.run(block, *inputs).sum()
     held = storage.held_bytes
     first = torch.autograd.grad(output, inputs, retain_graph=True)
     assert storage.held_bytes == held
     second = torch.autograd.grad(output, inputs)
     assert all(map(torch.equal, first, second))
-    assert relative_error(list(first), reference) <= BOUND["compress8"]
+    assert relative_error(list(first), reference) <= BOUND[name]
 
 
-def test_the_memory_of_a_temporary_is_not_taken_for_it() -> None:
+@both
+def test_the_memory_of_a_temporary_is_not_taken_for_it(name: str) -> None:
     def function(x: Tensor) -> Tensor:
         total = torch.zeros(())
         for step in range(8):
@@ -231,10 +248,11 @@ def test_the_memory_of_a_temporary_is_not_taken_for_it() -> None:
             total = total + (x - step).square().mean()
         return total + x.square().mean()
 
-    assert check("compress8", Function(function), leaf()) == 9 * CODES
+    assert check(name, Function(function), leaf()) == 9 * HELD[name]
 
 
-def test_originals_are_gone_after_the_forward() -> None:
+@pytest.mark.parametrize(("name", "source_is_gone"), [("compress8", True), ("derive", False)])
+def test_originals_are_gone_after_the_forward(name: str, source_is_gone: bool) -> None:
     originals: list[StorageWeakRef] = []
 
     def function(x: Tensor) -> Tensor:
@@ -246,8 +264,8 @@ def test_originals_are_gone_after_the_forward() -> None:
     block = Function(function)
     gc.disable()
     try:
-        output = create_storage("compress8", block).run(block, leaf())
-        assert [original.expired() for original in originals] == [True, True]
+        output = create_storage(name, block).run(block, leaf())
+        assert [original.expired() for original in originals] == [source_is_gone, True]
     finally:
         gc.enable()
     assert output.requires_grad

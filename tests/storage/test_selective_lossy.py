@@ -181,14 +181,6 @@ def test_function_transforms_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_compiled_blocks_are_refused(name: str) -> None:
-    block = Function(torch.matmul)
-    block.compile()
-    with pytest.raises(StorageError, match=f"'{name}' is refused for the compiled Function.*use compress8"):
-        create(name, block)
-
-
-@pytest.mark.parametrize("name", NAMES)
 def test_a_retained_graph_can_be_used_again(name: str) -> None:
     block = Block(WIDTH, 2, 0.1)
     one = create(name, block)

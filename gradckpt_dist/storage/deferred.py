@@ -1,0 +1,230 @@
+"""What a block saves, held back until its forward is over: only then is it known how each storage may be held."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+from torch._C import _DisableTorchDispatch, _functorch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from gradckpt_dist.errors import StorageError
+from gradckpt_dist.storage.ledger import is_parameter
+from gradckpt_dist.storage.noise import NoiseSource
+from gradckpt_dist.storage.parts import Shell, arrived, is_distributed
+from gradckpt_dist.storage.quantiser import Quantised, dequantise, quantise
+from gradckpt_dist.storage.recipe import Derivation, Key, Layout, Recipes
+from gradckpt_dist.storage.saved import (
+    Account,
+    Kept,
+    VersionCheck,
+    is_movable,
+    is_plain,
+    without_memory,
+)
+
+
+class Place:
+    """One saved storage, alive for as long as a node has it saved.
+
+    As it is (``sample``), and once the forward is over perhaps as codes, or as what makes it from other places.
+    """
+
+    __slots__ = ("__weakref__", "_account", "_check", "_kept", "_lent", "_rest", "_restored", "as_is", "sample")
+
+    def __init__(self, tensor: Tensor, check: VersionCheck, account: Account) -> None:
+        self.sample: Tensor | None = tensor
+        """The tensor that was saved first; None once it is held otherwise."""
+        self.as_is = False
+        """Whether a view of it forbids to compress it."""
+        self._check = check
+        self._account = account
+        self._kept: Kept | None = Kept(tensor.untyped_storage().nbytes(), account)
+        self._rest: Quantised | Derivation | None = None
+        self._restored: StorageWeakRef | None = None
+        self._lent: torch.UntypedStorage | None = None
+
+    @property
+    def changed(self) -> bool:
+        """Whether its storage was written to since it was saved."""
+        return self._check.changed
+
+    @property
+    def sample_bytes(self) -> int:
+        """Of the storage while it is held as it is; 0 once it is not."""
+        return 0 if self.sample is None else self.sample.untyped_storage().nbytes()
+
+    def compress(self, bits: int, noise: NoiseSource) -> None:
+        """Hold codes from now on, where all values are finite."""
+        if self.sample is None or self.changed:
+            return
+        quantised = quantise(_flat(self.sample), bits, noise)
+        if quantised is not None:
+            self._hold(quantised)
+
+    def derive(self, derivation: Derivation) -> None:
+        """Hold only what it is made of from now on."""
+        self._hold(derivation)
+
+    def restored(self) -> torch.UntypedStorage:
+        """The storage again; one that is still alive is not restored twice."""
+        storage, new = self._fresh()
+        if new:
+            self._restored = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        self._lent = None
+        return storage
+
+    def lend(self, *, overwritten: bool) -> tuple[torch.UntypedStorage, bool]:
+        """For a derivation: the storage, and whether nobody else has it.
+
+        The operation that a derived tensor came from is the next to be differentiated, and asks for it, too.
+        """
+        if overwritten:
+            return self._fresh()
+        self._lent = storage = self.restored()
+        return storage, False
+
+    def _fresh(self) -> tuple[torch.UntypedStorage, bool]:
+        if self.sample is not None:
+            self._check.verify()
+            return self.sample.untyped_storage(), False
+        alive = self._restored and torch.UntypedStorage._new_with_weak_ptr(self._restored.cdata)
+        if alive:
+            return alive, False
+        rest = self._rest
+        if isinstance(rest, Derivation):
+            return rest.make(), True
+        return dequantise(rest).untyped_storage(), True  # type: ignore[arg-type]
+
+    def _hold(self, rest: Quantised | Derivation) -> None:
+        self._rest = rest
+        self._kept = Kept(rest.size_bytes, self._account)
+        self.sample = None
+
+
+class _Saved:
+    """A saved tensor: a view of a ``Place``, or without one itself."""
+
+    __slots__ = ("_check", "_layout", "_lossy", "_place", "_shell", "_tensor")
+
+    def __init__(
+        self, lossy: str | None, tensor: Tensor, check: VersionCheck, place: Place | None, witness: Tensor
+    ) -> None:
+        self._lossy = lossy
+        self._check = check
+        self._place = place
+        self._layout = Layout.of(tensor) if place is not None else None
+        self._tensor = witness
+        self._shell = Shell(witness) if place is not None and is_distributed(witness) else None
+
+    def tensor(self) -> Tensor:
+        self._check.verify()
+        if self._lossy is not None:
+            refuse_double_backward(self._lossy)
+        if self._place is None or self._layout is None:
+            return self._tensor
+        tensor = self._layout.view(self._place.restored())
+        return tensor if self._shell is None else self._shell.around(tensor)
+
+
+class DeferredCall:
+    """One forward of one block. What is held is found by ``end``, and may be held otherwise from then on.
+
+    ``lossy``: whether the storage of that name will hold something approximately.
+
+    Raises:
+        StorageError: inside a torch.func transform.
+    """
+
+    def __init__(self, name: str, account: Account, *, lossy: bool) -> None:
+        if _functorch.peek_interpreter_stack() is not None:
+            raise StorageError(
+                f"{name!r} cannot run under torch.func transforms (grad, vmap, jvp), which differentiate past what it "
+                "holds; use another storage for this block: keep, recompute, selective or offload"
+            )
+        self._lossy = name if lossy else None
+        self._account = account
+        # The weak references to storages keep their identities from being used again while they are keys.
+        self._places: dict[Key, tuple[StorageWeakRef, weakref.ref[Place]]] = {}
+
+    def hooks(self) -> saved_tensors_hooks:
+        """What is saved under these waits here for ``end``."""
+        return saved_tensors_hooks(self._pack, _unpack)
+
+    def _pack(self, tensor: Tensor) -> _Saved:
+        if type(tensor) is not Tensor:
+            return self._held(tensor)
+        with _DisableTorchDispatch():  # nothing of ours is one of the block's operations
+            return self._held(tensor)
+
+    def _held(self, tensor: Tensor) -> _Saved:
+        if is_parameter(tensor):
+            # The object itself: ZeRO-3 swaps the memory behind it.
+            return _Saved(self._lossy, tensor, VersionCheck(tensor, tensor), None, tensor)
+        # An output that kept its history would keep the node that saves it alive, and itself with it.
+        tensor = tensor.detach()
+        part = arrived(tensor)
+        if not is_plain(part):
+            return _Saved(self._lossy, tensor, VersionCheck(tensor, tensor), None, tensor)
+        witness = without_memory(tensor if is_distributed(tensor) else part)
+        check = VersionCheck(tensor, witness)
+        place = self._place(part, check)
+        if not is_movable(part) or (place.sample is not None and place.sample.dtype != part.dtype):
+            place.as_is = True
+        return _Saved(self._lossy, part, check, place, witness)
+
+    def end(self) -> dict[Key, Place]:
+        """The forward is over: what is still saved, by storage."""
+        alive = {key: place for key, (_, reference) in self._places.items() if (place := reference()) is not None}
+        self._places.clear()
+        return alive
+
+    def _place(self, tensor: Tensor, check: VersionCheck) -> Place:
+        storage = tensor.untyped_storage()
+        key = (storage._cdata, tensor._version)
+        known = self._places[key][1]() if key in self._places else None
+        if known is not None:
+            return known
+        place = Place(tensor, check, self._account)
+        self._places[key] = (StorageWeakRef(storage), weakref.ref(place))  # type: ignore[no-untyped-call]
+        return place
+
+
+def derive(key: Key, place: Place, alive: dict[Key, Place], recipes: Recipes | None) -> bool:
+    """Have this place made from the others from now on; whether that can be done."""
+    if recipes is None or place.changed:
+        return False
+
+    def find(source: Key) -> Place | None:
+        found = alive.get(source)
+        return None if found is None or found.changed else found
+
+    derivation = recipes.bind(key, find)
+    if derivation is None:
+        return False
+    place.derive(derivation)
+    return True
+
+
+def refuse_double_backward(name: str) -> None:
+    """Called in backward, where gradients are on if it is to be differentiated itself.
+
+    Raises:
+        StorageError: they are.
+    """
+    if torch.is_grad_enabled():
+        raise StorageError(
+            f"{name!r} holds what it saved only approximately, so that gradients of gradients (create_graph=True) "
+            "through its block would be wrong; use an exact storage for it: keep, recompute, selective or offload"
+        )
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """All of the storage."""
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
+
+
+def _unpack(saved: _Saved) -> Tensor:
+    return saved.tensor()
