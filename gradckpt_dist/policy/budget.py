@@ -137,7 +137,7 @@ def _failure(costs: CostTable, failed: Infeasible, limits: Limits, planned_bytes
     tolerance = math.sqrt(limits.squared_error)
     if failed.peak_bytes is None:
         return (
-            f"no mask keeps to gradient_tolerance {tolerance:.3g}; the least error of any is "
+            f"no mask keeps to an error of {tolerance:.3g}, as planned for gradient_tolerance; the least of any is "
             f"{math.sqrt(failed.squared_error):.3g}; raise gradient_tolerance, or allow an exact storage"
         )
     smallest = failed.peak_bytes + limits.peak_bytes - planned_bytes
