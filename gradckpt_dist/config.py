@@ -22,7 +22,7 @@ from gradckpt_dist.mask import STORAGE_NAMES
 SECTION = "gradckpt"
 EXACT_STORAGES = ("keep", "recompute", "selective", "selective_half", "derive")
 """The exact storages that a mask may use unless ``storages`` says otherwise; ``offload`` has to be asked for."""
-LOSSY_STORAGES = ("compress8", "compress4", "selective8", "selective4")
+LOSSY_STORAGES = ("compress8", "compress6", "compress4", "selective8", "selective6", "selective4")
 
 Complete = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 """Adds to the keys that a user gave the defaults of the framework in use."""

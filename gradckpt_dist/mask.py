@@ -22,6 +22,8 @@ STORAGE_NAMES = (
     "selective4",
     "offload",
     "derive",
+    "compress6",
+    "selective6",
 )
 """Every storage; its position is its code on the wire, so entries are only ever appended."""
 

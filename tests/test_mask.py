@@ -35,7 +35,7 @@ def test_digest_is_of_names_and_storages_alone(one: list[str], other: list[str])
 
 def test_digest_and_codes_do_not_change_between_versions() -> None:
     assert _mask(["keep", "recompute"]).digest == "591a710af8a700a7"
-    assert _mask(list(STORAGE_NAMES)).to_tensor().tolist() == list(range(10))
+    assert _mask(list(STORAGE_NAMES)).to_tensor().tolist() == list(range(12))
     assert STORAGE_NAMES[:2] == ("keep", "recompute")
 
 
@@ -56,7 +56,7 @@ def test_replaced_is_one_epoch_on() -> None:
         torch.zeros(3, dtype=torch.int8),
         torch.zeros(2, dtype=torch.int64),
         torch.zeros(1, 2, dtype=torch.int8),
-        torch.tensor([0, 10], dtype=torch.int8),
+        torch.tensor([0, 12], dtype=torch.int8),
         torch.tensor([0, -1], dtype=torch.int8),
     ],
 )

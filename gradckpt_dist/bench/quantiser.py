@@ -36,7 +36,7 @@ def _measure(rank: int, dtype: str, rounds: int) -> dict[str, Any]:
     noise = NoiseSource()
     calls: dict[tuple[int, str], Callable[[], Any]] = {}
     moved_bytes: dict[tuple[int, str], int] = {}
-    for bits in (8, 4):
+    for bits in (8, 6, 4):
         quantised = _quantised(x, bits, noise)
         calls[bits, "quantise"] = partial(quantise, x, bits, noise)
         calls[bits, "dequantise"] = partial(dequantise, quantised)

@@ -7,15 +7,15 @@ from torch import nn
 from gradckpt_dist.errors import StorageError
 from gradckpt_dist.storage.base import Forward, Storage
 from gradckpt_dist.storage.compiled import CompiledSelective, CompiledSelectiveHalf, is_compiled
-from gradckpt_dist.storage.compiled_lossy import CompiledSelective4, CompiledSelective8
-from gradckpt_dist.storage.compress import Compress4, Compress8
+from gradckpt_dist.storage.compiled_lossy import CompiledSelective4, CompiledSelective6, CompiledSelective8
+from gradckpt_dist.storage.compress import Compress4, Compress6, Compress8
 from gradckpt_dist.storage.context import StorageContext
 from gradckpt_dist.storage.derive import Derive
 from gradckpt_dist.storage.keep import Keep
 from gradckpt_dist.storage.offload import Offload
 from gradckpt_dist.storage.recompute import Recompute
 from gradckpt_dist.storage.selective import Selective, SelectiveHalf
-from gradckpt_dist.storage.selective_lossy import Selective4, Selective8
+from gradckpt_dist.storage.selective_lossy import Selective4, Selective6, Selective8
 
 STORAGES: dict[str, type[Storage]] = {
     storage.name: storage
@@ -26,8 +26,10 @@ STORAGES: dict[str, type[Storage]] = {
         SelectiveHalf,
         Derive,
         Compress8,
+        Compress6,
         Compress4,
         Selective8,
+        Selective6,
         Selective4,
         Offload,
     )
@@ -35,7 +37,13 @@ STORAGES: dict[str, type[Storage]] = {
 
 COMPILED_STORAGES: dict[str, type[Storage]] = {
     storage.name: storage
-    for storage in (CompiledSelective, CompiledSelectiveHalf, CompiledSelective8, CompiledSelective4)
+    for storage in (
+        CompiledSelective,
+        CompiledSelectiveHalf,
+        CompiledSelective8,
+        CompiledSelective6,
+        CompiledSelective4,
+    )
 }
 """What takes a storage's place where the user has compiled the block."""
 

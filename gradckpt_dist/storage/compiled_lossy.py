@@ -1,4 +1,4 @@
-"""``selective8`` and ``selective4`` for compiled blocks: what their selective variant saves, held as codes."""
+"""``selective8``, ``selective6`` and ``selective4`` for compiled blocks: codes of what a selective variant saves."""
 
 from __future__ import annotations
 
@@ -49,6 +49,13 @@ class CompiledSelective8(CompiledSelective):
             result = super().run(forward, *args, **kwargs)
         call.seal(UnseenOperations(self.block, tree_leaves((args, kwargs))), self.bits, self._noise)
         return result
+
+
+class CompiledSelective6(CompiledSelective8):
+    """The same in 6 bits."""
+
+    name = "selective6"
+    bits = 6
 
 
 class CompiledSelective4(CompiledSelective8):

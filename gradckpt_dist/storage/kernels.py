@@ -1,7 +1,7 @@
 """The quantiser's arithmetic, written once: plain operations that torch.compile fuses.
 
 A tensor comes as [chunks, 128, 16], and the 128 values of a group lie 16 apart: code for a CPU then works on 16 groups
-at once, with nothing to add up across a vector. Codes are int32 words of 4 or 8 consecutive values of one group, which
+at once, with nothing to add up across a vector. Codes are int32 words of 4 to 8 values of one group, which
 takes fewer instructions than single bytes do. A group's origin is its minimum, in the input's dtype: one of its values,
 hence exact. Its scale is rounded up to what a bfloat16 holds, so that the largest value still has a code. Beside
 float16, which code generation for the CPU does not mix with bfloat16, it is kept as a float32. What is not finite, or
@@ -48,8 +48,8 @@ _MULTIPLIERS = (
     0xE6546B65,
 )
 
-Packed = tuple[Tensor, Tensor, Tensor]
-"""Codes, origins and scales."""
+Packed = tuple[Tensor, ...]
+"""Words of codes, then origins and scales."""
 
 
 def quantise8(x: Tensor) -> Packed:
@@ -63,7 +63,28 @@ def quantise8(x: Tensor) -> Packed:
 
 def dequantise8(codes: Tensor, origin: Tensor, scale: Tensor) -> Tensor:
     """The values of ``quantise8``, [chunks, 128, 16] in the dtype of ``origin``."""
-    return _values(codes, origin, scale, 8)
+    return _values(_codes(codes, 8), origin, scale)
+
+
+def quantise6(x: Tensor) -> Packed:
+    """Round to nearest: codes are three int32 [chunks, 16, 8], lanes innermost in memory, for 16 values: five a word.
+
+    The two highest bits of each word are the sixteenth value's.
+    """
+    values = _in_words(x, 16)
+    low, high = _extremes(values)
+    origin, scale, inverse = _affine(low, high, 63)
+    *codes, last = [((value - low[:, :, None]) * inverse + 0.5).to(torch.int32) for value in values]
+    words = [_word(codes[5 * n : 5 * n + 5], 6) | (last >> 2 * n & 3) << 30 for n in range(3)]
+    return *words, origin.to(x.dtype), scale.to(_scale_dtype(x.dtype))
+
+
+def dequantise6(first: Tensor, second: Tensor, third: Tensor, origin: Tensor, scale: Tensor) -> Tensor:
+    """The values of ``quantise6``, [chunks, 128, 16] in the dtype of ``origin``."""
+    words = [word.transpose(1, 2) for word in (first, second, third)]
+    codes = [word >> shift & 63 for word in words for shift in range(0, 30, 6)]
+    last = [(word >> 30 & 3) << 2 * n for n, word in enumerate(words)]
+    return _values([*codes, last[0] | last[1] | last[2]], origin, scale)
 
 
 def quantise4(x: Tensor, seed: Tensor) -> Packed:
@@ -83,7 +104,7 @@ def quantise4(x: Tensor, seed: Tensor) -> Packed:
 
 def dequantise4(codes: Tensor, origin: Tensor, scale: Tensor) -> Tensor:
     """The values of ``quantise4``, [chunks, 128, 16] in the dtype of ``origin``."""
-    return _values(codes, origin, scale, 4)
+    return _values(_codes(codes, 4), origin, scale)
 
 
 def _in_words(x: Tensor, count: int) -> list[Tensor]:
@@ -105,7 +126,7 @@ def _extremes(values: list[Tensor]) -> tuple[Tensor, Tensor]:
     return lows[0].amin(2), torch.maximum(highs[0].amax(2), values[0][:, :, 0])
 
 
-def _affine(low: Tensor, high: Tensor, levels: int) -> Packed:
+def _affine(low: Tensor, high: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
     """Origin and scale, float32 [chunks, 16], and the scale's inverse, [chunks, 16, 1]."""
     span = high - low
     scale = _rounded_up((span * (1 / levels)).clamp(min=_SMALLEST_SCALE))
@@ -134,9 +155,13 @@ def _word(codes: list[Tensor], bits: int) -> Tensor:
     return word
 
 
-def _values(words: Tensor, origin: Tensor, scale: Tensor, bits: int) -> Tensor:
-    words, origin, scale = words.transpose(1, 2), origin[:, None], scale[:, None]
-    codes = [words >> shift & (1 << bits) - 1 for shift in range(0, 32, bits)]
+def _codes(words: Tensor, bits: int) -> list[Tensor]:
+    words = words.transpose(1, 2)
+    return [words >> shift & (1 << bits) - 1 for shift in range(0, 32, bits)]
+
+
+def _values(codes: list[Tensor], origin: Tensor, scale: Tensor) -> Tensor:
+    origin, scale = origin[:, None], scale[:, None]
     return torch.stack([_value(code, origin, scale) for code in codes], 2).view(-1, GROUP, LANES)
 
 

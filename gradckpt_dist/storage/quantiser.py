@@ -1,4 +1,4 @@
-"""Tensors in 8 or 4 bits a value: group-wise affine, compiled at its first use."""
+"""Tensors in 8, 6 or 4 bits a value: group-wise affine, compiled at its first use."""
 
 from __future__ import annotations
 
@@ -30,50 +30,46 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class Quantised:
     """A tensor of ``shape`` as codes, with an origin and a scale for each 128 values, padded to a multiple of 2,048."""
 
-    codes: Tensor
-    origin: Tensor
-    scale: Tensor
+    packed: kernels.Packed
     bits: int
     shape: torch.Size
 
     @property
     def size_bytes(self) -> int:
         """Bytes that it holds."""
-        return self.codes.nbytes + self.origin.nbytes + self.scale.nbytes
+        return sum(part.nbytes for part in self.packed)
 
 
 def quantise(tensor: Tensor, bits: int, noise: NoiseSource) -> Quantised | None:
-    """``tensor`` (float32, float16 or bfloat16, any shape) in 8 or 4 bits a value.
+    """``tensor`` (float32, float16 or bfloat16, any shape) in 8, 6 or 4 bits a value.
 
-    8 bits round to nearest, which errs by half a level at most; 4 bits round stochastically, by less than a level and
-    without bias, with a seed from ``noise``. A level is (max - min) / 255 or / 15 of 128 values, and up to 1 % more. A
-    tensor that holds a value that is not finite, or spans over 1.7e38 within a group, gives None on the CPU; elsewhere
-    finding out would wait for the device, and the whole group comes back as NaN.
+    8 and 6 bits round to nearest, which errs by half a level at most; 4 bits round stochastically, by less than a level
+    and without bias, with a seed from ``noise``. A level is (max - min) / (2^bits - 1) of 128 values, and up to 1 %
+    more. A tensor that holds a value that is not finite, or spans over 1.7e38 within a group, gives None on the CPU;
+    elsewhere finding out would wait for the device, and the whole group comes back as NaN.
 
     Raises:
         StorageError: another dtype, or other ``bits``.
     """
-    if tensor.dtype not in DTYPES or bits not in {4, 8}:
+    if tensor.dtype not in DTYPES or bits not in _KERNELS:
         raise StorageError(
-            f"cannot quantise {tensor.dtype} in {bits} bits; give float32, float16 or bfloat16, and 8 or 4 bits"
+            f"cannot quantise {tensor.dtype} in {bits} bits; give float32, float16 or bfloat16, and 8, 6 or 4 bits"
         )
     with plain_torch():
-        chunks = _chunked(tensor)
-        if bits == 8:
-            codes, origin, scale = _quantise8(chunks)
-        else:
-            seed = torch.full((1,), noise.draw(), dtype=torch.int32, device=tensor.device)
-            codes, origin, scale = _quantise4(chunks, seed)
+        inputs = [_chunked(tensor)]
+        if bits == 4:
+            inputs.append(torch.full((1,), noise.draw(), dtype=torch.int32, device=tensor.device))
+        packed = _KERNELS[bits].quantise(*inputs)
+        *_, origin, _ = packed
         if tensor.device.type == "cpu" and _holds_nan(origin):
             return None
-        return Quantised(codes=codes, origin=origin, scale=scale, bits=bits, shape=tensor.shape)
+        return Quantised(packed=packed, bits=bits, shape=tensor.shape)
 
 
 def dequantise(quantised: Quantised) -> Tensor:
     """The tensor again: contiguous, in its shape and dtype."""
     with plain_torch():
-        kernel = _dequantise8 if quantised.bits == 8 else _dequantise4
-        chunks: Tensor = kernel(quantised.codes, quantised.origin, quantised.scale)
+        chunks: Tensor = _KERNELS[quantised.bits].dequantise(*quantised.packed)
         return chunks.view(-1)[: quantised.shape.numel()].view(quantised.shape)
 
 
@@ -112,7 +108,7 @@ class _Kernel:
             logger.warning(
                 "gradckpt: torch.compile does not work here (%s), so that compressed blocks run eagerly: right, but "
                 "about ten times slower, which makes them slower than recompute; install a C++ compiler (Triton on a "
-                "GPU), or take the compress and selective8/4 storages out of the configuration",
+                "GPU), or take the lossy storages out of the configuration",
                 reason,
             )
 
@@ -123,10 +119,19 @@ def _compile(function: Callable[..., Any], options: dict[str, Any] | None) -> Di
     return DirectKernel(function, options)
 
 
-_quantise8 = _Kernel(kernels.quantise8, kernels.CPU_OPTIONS)
-_quantise4 = _Kernel(kernels.quantise4, kernels.CPU_OPTIONS)
-_dequantise8 = _Kernel(kernels.dequantise8)
-_dequantise4 = _Kernel(kernels.dequantise4)
+@dataclass(frozen=True)
+class _Pair:
+    """Of one width."""
+
+    quantise: _Kernel
+    dequantise: _Kernel
+
+
+_KERNELS = {
+    8: _Pair(_Kernel(kernels.quantise8, kernels.CPU_OPTIONS), _Kernel(kernels.dequantise8)),
+    6: _Pair(_Kernel(kernels.quantise6, kernels.CPU_OPTIONS), _Kernel(kernels.dequantise6)),
+    4: _Pair(_Kernel(kernels.quantise4, kernels.CPU_OPTIONS), _Kernel(kernels.dequantise4)),
+}
 
 
 def _chunked(tensor: Tensor) -> Tensor:

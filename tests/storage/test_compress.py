@@ -22,7 +22,7 @@ from gradckpt_dist.storage.keep import Keep
 from gradckpt_dist.storage.ledger import Ledger
 from gradckpt_dist.storage.saved import SMALL_BYTES
 
-LOSSY = ("compress8", "compress4")
+LOSSY = ("compress8", "compress6", "compress4")
 ROWS, WIDTH = 64, 128
 SIZE = ROWS * WIDTH * 4
 """Bytes of a [64, 128] of float32."""
@@ -91,7 +91,7 @@ def leaf(*shape: int) -> Tensor:
 # -- how large the error is -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "bound"), [("compress8", 0.01), ("compress4", 0.12)])
+@pytest.mark.parametrize(("name", "bound"), [("compress8", 0.01), ("compress6", 0.04), ("compress4", 0.12)])
 def test_error_of_each_block_of_the_demo_model_at_initialisation(name: str, bound: float) -> None:
     text = read_text(None)
     torch.manual_seed(0)
@@ -112,7 +112,7 @@ def test_error_of_each_block_of_the_demo_model_at_initialisation(name: str, boun
         assert 0 < relative_error(gradients_of(index)[index], exact[index]) <= bound
 
 
-@pytest.mark.parametrize(("name", "bound"), [("compress8", 0.01), ("compress4", 0.13)])
+@pytest.mark.parametrize(("name", "bound"), [("compress8", 0.01), ("compress6", 0.04), ("compress4", 0.13)])
 def test_autocast(name: str, bound: float) -> None:
     blocks = transformer()
     x = torch.randn(4, 64, 64)
@@ -134,7 +134,7 @@ def test_compiled_blocks(wrap: str) -> None:
     reference = gradients([keep], x)
     exact_bytes = _ledger_bytes(keep, x)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    for name, bound, share in (("compress8", 0.01, 0.28), ("compress4", 0.12, 0.19)):
+    for name, bound, share in (("compress8", 0.01, 0.28), ("compress6", 0.04, 0.22), ("compress4", 0.12, 0.19)):
         (storage,) = storages(name, [block])
         assert 0 < relative_error(gradients([storage], x), reference) <= bound
         assert _ledger_bytes(storage, x) <= share * exact_bytes
@@ -197,14 +197,17 @@ def test_views_come_back(function: Callable[[Tensor], Tensor], name: str) -> Non
     x = torch.rand(ROWS, WIDTH)
     reference = gradients([Keep(block)], x)
     (storage,) = storages(name, [block])
-    assert relative_error(gradients([storage], x), reference) <= {"compress8": 0.01, "compress4": 0.1}[name]
+    assert (
+        relative_error(gradients([storage], x), reference)
+        <= {"compress8": 0.01, "compress6": 0.04, "compress4": 0.1}[name]
+    )
     assert storage.held_bytes == 0
 
 
 # -- how much is held -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "fraction"), [("compress8", 0.18), ("compress4", 0.12)])
+@pytest.mark.parametrize(("name", "fraction"), [("compress8", 0.18), ("compress6", 0.14), ("compress4", 0.12)])
 def test_held_bytes_of_a_block(name: str, fraction: float) -> None:
     (block,) = transformer(1, width=256)
     x = torch.randn(8, 128, 256)
@@ -214,7 +217,7 @@ def test_held_bytes_of_a_block(name: str, fraction: float) -> None:
 
 def test_a_storage_is_held_once_and_counted_exactly() -> None:
     x = leaf()
-    for name, bits in (("compress8", 8), ("compress4", 4)):
+    for name, bits in (("compress8", 8), ("compress6", 6), ("compress4", 4)):
         one = codes_bytes(ROWS * WIDTH, bits)
         assert held(lambda x: x.exp(), x, name=name) == one
         assert held(lambda x: (x * x.flip(0)) + x.t().square().t() + x[3:].sin().sum(), x, name=name) == 2 * one
