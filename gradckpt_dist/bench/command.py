@@ -1,4 +1,4 @@
-"""``gradckpt bench NAME [--json] [--quick] [--output FILE]``."""
+"""``gradckpt bench NAME [--json] [--quick] [--output FILE]``; ``frontier`` has ``--coarse``, too."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.table import Table
 
-from gradckpt_dist.bench.frontier import bench_frontier, draw_frontier
+from gradckpt_dist.bench.frontier import bench_frontier, bench_frontier_coarse, draw_frontier
 from gradckpt_dist.bench.impact import bench_impact
 from gradckpt_dist.bench.overhead import bench_overhead
 from gradckpt_dist.bench.planner import bench_planner
@@ -39,6 +39,11 @@ BENCHES: dict[str, tuple[Bench, str]] = {
     "storage": (bench_storage, "bytes, seconds and gradient error of every storage, against keep"),
 }
 
+SHORTER: dict[str, tuple[str, Bench, str]] = {
+    "frontier": ("--coarse", bench_frontier_coarse, "fewer budgets, tolerances and rounds: in a good half an hour"),
+}
+"""Benches that take hours have an option between these and ``--quick``."""
+
 FIGURES: dict[str, Callable[[dict[str, Any], Path], list[Path]]] = {"frontier": draw_frontier}
 """Benches whose object is drawn, beside the file that it is written to."""
 
@@ -54,12 +59,15 @@ def add_bench_parser(commands: Any) -> None:
         parser.add_argument(
             "--output", type=Path, metavar="FILE", help="write the JSON object to a file; figures go beside it"
         )
-        parser.set_defaults(execute=_execute(name, run))
+        parser.set_defaults(execute=_execute(name), run=run)
+        if name in SHORTER:
+            option, shorter, told = SHORTER[name]
+            parser.add_argument(option, dest="run", action="store_const", const=shorter, help=told)
 
 
-def _execute(name: str, run: Bench) -> Callable[[argparse.Namespace], None]:
+def _execute(name: str) -> Callable[[argparse.Namespace], None]:
     def execute(parsed: argparse.Namespace) -> None:
-        result = run(quick=parsed.quick)
+        result = parsed.run(quick=parsed.quick)
         if parsed.output is not None:
             write(result, parsed.output)
             _draw(name, result, parsed.output)

@@ -13,7 +13,7 @@ from typing import Any
 from gradckpt_dist.bench.frontier.bars import compare, headline
 from gradckpt_dist.bench.frontier.crew import Crew
 from gradckpt_dist.bench.frontier.phases import Bytes, Timer, first_with_mask, measure_bytes, settle
-from gradckpt_dist.bench.frontier.plan import FULL, QUICK, FrontierPlan, ModelPlan
+from gradckpt_dist.bench.frontier.plan import COARSE, FULL, QUICK, FrontierPlan, ModelPlan
 from gradckpt_dist.bench.frontier.processes import Processes
 from gradckpt_dist.bench.frontier.setting import Setting
 from gradckpt_dist.bench.record import Rows, record
@@ -33,9 +33,17 @@ def bench_frontier(*, quick: bool) -> dict[str, Any]:
     Raises:
         GradckptError: this is not Linux, or a process failed, died or hung.
     """
+    return _bench(QUICK if quick else FULL)
+
+
+def bench_frontier_coarse(*, quick: bool) -> dict[str, Any]:
+    """The same at fewer budgets and tolerances, in fewer rounds."""
+    return _bench(QUICK if quick else COARSE)
+
+
+def _bench(plan: FrontierPlan) -> dict[str, Any]:
     if sys.platform != "linux":
         raise GradckptError(f"bench frontier reads resident bytes from Linux's /proc; this is {sys.platform}")
-    plan = QUICK if quick else FULL
     with tempfile.TemporaryDirectory() as folder, Processes(Path(folder)) as processes:
         crew = Crew(processes, plan.size)
         rows = [row for model in plan.models for row in _rows(crew, plan, model)]

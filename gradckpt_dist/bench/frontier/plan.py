@@ -62,9 +62,11 @@ class FrontierPlan:
 _TENTHS = tuple(tenth / 10 for tenth in range(11))
 _EAGER_PEERS = ("recompute", "every_2", "every_3", "every_4", "pytorch_sac", "torchtitan_full", "torchtitan_selective")
 
-# The better part of an hour on one core of 2026. Of ours on compiled blocks, what the bars ask for.
+_SIZE = Size(width=512, context=128, batch=8, layers=6, head_width=64)
+
+# About two hours on one core of 2026. Of ours on compiled blocks, what the bars ask for.
 FULL = FrontierPlan(
-    size=Size(width=512, context=128, batch=3, layers=6, head_width=64),
+    size=_SIZE,
     rounds=20,
     group=12,
     models=tuple(
@@ -79,6 +81,35 @@ FULL = FrontierPlan(
             compiled_tolerances=compiled_tolerances,
         )
         for model, compiled_tolerances in (("demo", (0.0, 0.05)), ("uneven", (0.0,)))
+    ),
+)
+
+# A good half an hour.
+COARSE = FrontierPlan(
+    size=_SIZE,
+    rounds=12,
+    group=12,
+    models=(
+        ModelPlan(
+            model="demo",
+            eager_peers=_EAGER_PEERS,
+            compiled_peers=("keep", "recompute"),
+            budget_peers=("compile_budget",),
+            peer_budgets=(0.0, 0.3, 0.6),
+            budgets=(0.0, 0.3, 0.6),
+            eager_tolerances=(0.0, 0.05),
+            compiled_tolerances=(0.0, 0.05),
+        ),
+        ModelPlan(
+            model="uneven",
+            eager_peers=_EAGER_PEERS,
+            compiled_peers=(),
+            budget_peers=(),
+            peer_budgets=(),
+            budgets=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
+            eager_tolerances=(0.0, 0.05),
+            compiled_tolerances=(),
+        ),
     ),
 )
 
