@@ -21,9 +21,12 @@ EXTRA_SECONDS = {
     "recompute": 0.37,
     "selective": 0.06,
     "selective_half": 0.15,
+    "derive": 0.04,
     "compress8": 0.07,
+    "compress6": 0.07,
     "compress4": 0.05,
     "selective8": 0.13,
+    "selective6": 0.13,
     "selective4": 0.12,
 }
 """Stated, as fractions of a block's step under ``keep``: about what `gradckpt bench storage` finds at d = 512.
