@@ -66,6 +66,7 @@ def _check_checkpoints(folder: Path, plain: Run, ours: Run, **options: Any) -> N
     for written in ("plain", "ours", "unchanged"):
         checkpoint = folder / written / f"checkpoint-{SAVED}"
         assert _saved_keys(checkpoint) == keys
+        assert written == "plain" or _gathered(checkpoint)["samples"] > 0
         for callbacks in ([], [GradckptCallback(MOVING)]):
             resumed = train(folder / f"{written} {len(callbacks)}", callbacks, resume=checkpoint, **options)
             assert resumed.losses == plain.losses
@@ -87,6 +88,13 @@ def _saved_keys(checkpoint: Path) -> set[str]:
         return set(load_file(checkpoint / "model.safetensors"))
     assert [part.name for part in sharded] == ["optimizer_0", "pytorch_model_fsdp_0"]
     return {key for part in sharded for key in FileSystemReader(part).read_metadata().state_dict_metadata}
+
+
+def _gathered(checkpoint: Path) -> dict[str, Any]:
+    """What all ranks had gathered since the last decision, which a rank alone does not know."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]["GradckptCallback"]
+    window: dict[str, Any] = json.loads(state["attributes"]["saved"]["window"])
+    return window
 
 
 def _check_rank(folder: Path, stages: list[int]) -> None:
@@ -141,7 +149,20 @@ def _check_fully_sharded(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_fully_sharded(tmp_path: Path) -> None:
-    run_distributed_test(_check_fully_sharded, 2, tmp_path, timeout_seconds=200)
+    run_distributed_test(_check_fully_sharded, 2, tmp_path, timeout_seconds=280)
+
+
+@pytest.mark.usefixtures("environment")
+def test_a_checkpoint_at_the_end_of_an_epoch_holds_what_was_gathered(tmp_path: Path) -> None:
+    from gradckpt_dist import GradckptCallback
+
+    options = {"save_strategy": "epoch", "max_steps": 32}
+    ours = train(tmp_path / "ours", [GradckptCallback(MOVING)], **options)
+    checkpoint = tmp_path / "ours" / "checkpoint-16"
+    assert _gathered(checkpoint)["samples"] > 0
+    resumed = train(tmp_path / "resumed", [GradckptCallback(MOVING)], resume=checkpoint, **options)
+    assert resumed.losses == ours.losses
+    assert resumed.masks == ours.masks[16:]
 
 
 @pytest.mark.usefixtures("environment")
@@ -305,6 +326,7 @@ def test_the_package_imports_no_transformers() -> None:
 
 SCRIPT = """
 import gc, json, sys
+import torch.distributed as dist
 from trainer_support import train
 
 run = train(sys.argv[1])
