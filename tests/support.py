@@ -26,8 +26,8 @@ from demo_arms import Process, process_tree
 GRACE_SECONDS = 10.0
 INTERRUPTED = """
 import time
-print("ready", flush=True)
 try:
+    print("ready", flush=True)
     time.sleep(60)
 except KeyboardInterrupt:
     print("cleaned up", flush=True)
