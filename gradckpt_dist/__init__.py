@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from gradckpt_dist.adapters import versions
 from gradckpt_dist.api import enable
 from gradckpt_dist.config import Config, ThresholdConfig
 from gradckpt_dist.engine import Engine
@@ -43,6 +44,7 @@ def __getattr__(name: str) -> Any:
     """``GradckptCallback`` imports transformers, hence only where it is asked for."""
     if name != "GradckptCallback":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    versions.require("transformers")
     from gradckpt_dist.launcher.trainer import GradckptCallback  # noqa: PLC0415
 
     return GradckptCallback

@@ -43,6 +43,32 @@ def document(stage: int, **sections: Any) -> dict[str, Any]:
     }
 
 
+class Units:
+    """A Megatron-like ``mpu``: all ranks are tensor-parallel."""
+
+    def __init__(self) -> None:
+        alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+        self.data = alone[dist.get_rank()]
+
+    def get_model_parallel_rank(self) -> int:
+        return dist.get_rank()
+
+    def get_model_parallel_world_size(self) -> int:
+        return dist.get_world_size()
+
+    def get_model_parallel_group(self) -> Any:
+        return dist.group.WORLD
+
+    def get_data_parallel_rank(self) -> int:
+        return 0
+
+    def get_data_parallel_world_size(self) -> int:
+        return 1
+
+    def get_data_parallel_group(self) -> Any:
+        return self.data
+
+
 def start(config: dict[str, Any] | Path, model: torch.nn.Module | None = None, mpu: Any = None) -> Any:
     """An engine of DeepSpeed's, on every rank."""
     import deepspeed

@@ -24,6 +24,16 @@ import torch.distributed as dist
 from demo_arms import Process, process_tree
 
 GRACE_SECONDS = 10.0
+INTERRUPTED = """
+import time
+try:
+    print("ready", flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("cleaned up", flush=True)
+    raise
+"""
+"""A script that says when it can be interrupted, and that it was."""
 
 
 class RankError(Exception):

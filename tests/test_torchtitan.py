@@ -12,9 +12,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import tyro
+from frameworks import assert_bitwise, local
 from models import VOCABULARY, WIDTH, Block, backward, batch
 from support import run_distributed_test
 from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torchtitan.distributed import activation_checkpoint as titan
@@ -85,7 +88,23 @@ def _check(path: str) -> None:
         dist.all_gather_object(masks, (mask.epoch, mask.digest))
         assert len(set(masks)) == 1
         assert list(model.state_dict()) == list(plain.state_dict()) == list(Decoder().state_dict())
+        for number, pair in enumerate(((model, plain), (plain, model))):
+            _check_checkpoint(*pair, str(Path(path).with_name(f"checkpoint{number}{compiled}")))
+        assert _train(model) == _train(plain)
         policy.engine.disable()
+
+
+def _check_checkpoint(written: nn.Module, read: nn.Module, folder: str) -> None:
+    """As torchtitan saves a model and loads it."""
+    expected = [local(p).detach().clone() for p in written.parameters()]
+    checkpoint.save({"model": get_model_state_dict(written)}, checkpoint_id=folder)
+    with torch.no_grad():
+        for p in read.parameters():
+            p.zero_()
+    state = get_model_state_dict(read)
+    checkpoint.load({"model": state}, checkpoint_id=folder)
+    set_model_state_dict(read, state)
+    assert_bitwise([local(p).detach() for p in read.parameters()], expected)
 
 
 @pytest.fixture

@@ -11,13 +11,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from frameworks import local
+from frameworks import assert_bitwise, local
 from torch import Tensor, nn
 
 LAYERS = 4
 BLOCKS = [f"model.layers.{index}" for index in range(LAYERS)]
 MOVING = {"policy": "threshold", "memory_budget": 0.5, "interval": 3, "warmup_steps": 0}
 """A configuration whose mask moves within a dozen steps."""
+
+SAVED = 8
+"""The step after which there is a checkpoint."""
 
 
 @dataclass
@@ -73,7 +76,7 @@ def deepspeed_config(stage: int) -> dict[str, Any]:
 def train(
     folder: Path, callbacks: Sequence[Any] = (), *, model: Any = None, resume: Path | None = None, **arguments: Any
 ) -> Run:
-    """Twelve steps of two micro-batches, with a checkpoint after the eighth; in a process that trained before, too.
+    """Twelve steps of two micro-batches, with a checkpoint after ``SAVED``; in a process that trained before, too.
 
     ``callbacks`` may hold a ``GradckptCallback``; masks are recorded if one is there, or comes.
     """
@@ -93,7 +96,12 @@ def train(
             self.masks += [c.engine.mask.storages for c in ours if c.engine is not None]
 
     AcceleratorState._reset_state()
-    defaults = {"max_steps": 12, "save_steps": 8, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    defaults = {
+        "max_steps": 12,
+        "save_steps": SAVED,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 2,
+    }
     quiet = {"report_to": "none", "disable_tqdm": True, "logging_steps": 1, "log_level": "error"}
     settings = TrainingArguments(str(folder), use_cpu=True, **defaults | quiet | arguments)
     if "fsdp" in arguments:
@@ -114,6 +122,23 @@ def train(
     )
     _free(trainer)
     return run
+
+
+def assert_same(ours: Run, plain: Run) -> None:
+    """Bitwise the same losses and weights."""
+    assert ours.losses == plain.losses
+    assert len(plain.losses) >= 6
+    assert list(ours.weights) == list(plain.weights)
+    assert_bitwise(list(ours.weights.values()), list(plain.weights.values()))
+
+
+def assert_moved(run: Run) -> None:
+    """The mask moved, and at each step it was the same on all ranks."""
+    assert len(set(run.masks)) >= 2
+    if dist.is_initialized():
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, run.masks)
+        assert everyone == [run.masks] * len(everyone)
 
 
 def _weights(trainer: Any) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ from torch import nn
 from gradckpt_dist.adapters.accelerate_checkpoint import save_with
 from gradckpt_dist.adapters.base import Adapter
 from gradckpt_dist.engine import Engine
+from gradckpt_dist.live_objects import live_objects
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -44,5 +44,4 @@ def _accelerators_of(model: nn.Module) -> list[Accelerator]:
     from accelerate import Accelerator  # noqa: PLC0415
 
     parts = set(model.modules())
-    found = (thing for thing in gc.get_objects() if issubclass(type(thing), Accelerator))
-    return [accelerator for accelerator in found if not parts.isdisjoint(accelerator._models)]
+    return [one for one in live_objects(Accelerator) if not parts.isdisjoint(one._models)]

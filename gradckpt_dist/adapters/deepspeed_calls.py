@@ -33,8 +33,7 @@ class CallSites:
         self._blocks = weakref.WeakSet(block.module for block in blocks)
         self._sites = [weakref.ref(block.module) for block in blocks if isinstance(block.module, CallSite)]
         self._holds_blocks: dict[int, bool] = {}
-        self._forward = 0
-        self._calls = 0
+        self._forward = self._calls = 0
         self._warned = False
 
     def install(self) -> Callable[[], None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from gradckpt_dist.adapters.deepspeed_parts import part
 from gradckpt_dist.errors import ConflictError
+from gradckpt_dist.live_objects import live_objects
 
 logger = logging.getLogger("gradckpt_dist")
 
@@ -31,8 +31,7 @@ def module_of(model: nn.Module) -> Any:
 def trainer_of(module: nn.Module) -> Any:
     """The engine that trains this pipeline, which does not know it; None before it was made."""
     kind = part("runtime.pipe.engine").PipelineEngine
-    engines = (found for found in gc.get_objects() if issubclass(type(found), kind))
-    return next((engine for engine in engines if engine.__dict__["_modules"].get("module") is module), None)
+    return next((engine for engine in live_objects(kind) if engine.__dict__["_modules"].get("module") is module), None)
 
 
 def layer_names(module: Any) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gradckpt_dist.config import SECTION
+from gradckpt_dist.live_objects import live_objects
 
 _MOST_BYTES = 1 << 20
 
@@ -21,12 +22,20 @@ def where_found(section: Any) -> str:
 
 
 def _candidates() -> Iterator[Path]:
-    """Arguments of the script, Accelerate's variable, and JSON files beside the script or in the working folder."""
+    """What the script was given, and JSON files beside the script or in the working folder."""
     given = [argument.rpartition("=")[2] for argument in sys.argv[1:]]
-    yield from map(Path, (*given, os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")))
+    variable = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
+    yield from map(Path, (*given, variable, *_given_to_transformers()))
     for folder in dict.fromkeys((Path(sys.path[0] or "."), Path.cwd())):
         yield from sorted(folder.glob("*.json"))
         yield from sorted(folder.glob("*/*.json"))
+
+
+def _given_to_transformers() -> Iterator[str]:
+    """What ``TrainingArguments(deepspeed=...)`` names."""
+    module = sys.modules.get("transformers.training_args")
+    arguments: Iterator[Any] = iter(()) if module is None else live_objects(module.TrainingArguments)
+    return (one.deepspeed for one in arguments if isinstance(one.deepspeed, str))
 
 
 def _section_of(path: Path) -> tuple[Any, ...]:

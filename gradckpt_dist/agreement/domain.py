@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
 from gradckpt_dist.errors import AgreementError
+from gradckpt_dist.live_objects import live_objects
 
 Domain = ProcessGroup | Sequence[int]
 """A process group, or global ranks in ascending order, this one among them."""
@@ -101,5 +101,4 @@ def _is_stage(model: nn.Module) -> bool:
     pipelining = sys.modules.get(_PIPELINING)
     if pipelining is None:
         return False
-    kind = pipelining._PipelineStageBase
-    return any(kind in type(thing).__mro__ and thing.submod is model for thing in gc.get_objects())
+    return any(stage.submod is model for stage in live_objects(pipelining._PipelineStageBase))

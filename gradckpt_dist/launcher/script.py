@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from gradckpt_dist.adapters import versions
 from gradckpt_dist.adapters.accelerate_checkpoint import remember_loads
 from gradckpt_dist.api import ConfigLike, enable, resolve_config
 from gradckpt_dist.blocks.attribute import is_switched
@@ -97,6 +98,7 @@ def _show_messages() -> None:
 def _tell_trainer(engine: Engine, root: nn.Module) -> None:
     """If a transformers ``Trainer`` is at work, its trackers and its checkpoints receive what a callback gives them."""
     if "transformers.trainer" in sys.modules:
+        versions.warn_if_untested("transformers")
         from gradckpt_dist.launcher.trainer import follow  # noqa: PLC0415
 
         follow(engine, root)

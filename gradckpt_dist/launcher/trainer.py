@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from torch import nn
-from transformers.trainer_callback import CallbackHandler, ExportableState, TrainerCallback, TrainerState
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, ExportableState, TrainerCallback
 from transformers.training_args import TrainingArguments
 
 from gradckpt_dist.api import ConfigLike, resolve_config
@@ -14,6 +14,7 @@ from gradckpt_dist.engine import Engine
 from gradckpt_dist.errors import MaskError
 from gradckpt_dist.launcher.figures import figures_of
 from gradckpt_dist.launcher.script import ModelWatch
+from gradckpt_dist.launcher.trainer_events import at_next_event
 
 logger = logging.getLogger("gradckpt_dist")
 
@@ -36,11 +37,12 @@ class GradckptCallback(TrainerCallback, ExportableState):
         """From the first training forward on; disabled when training has ended."""
         self.saved: dict[str, Any] | None = None
         """The engine's state in the checkpoint that training resumes from, until it is taken up."""
+        self._of_all_ranks: dict[str, Any] | None = None
 
     def state(self) -> dict[str, Any]:
         """What the Trainer saves with a checkpoint, in plain values; it asks the rank that writes, and no other."""
         config = None if self._config is None else self._config.to_dict()
-        saved = self.saved if self.engine is None else self.engine.state_dict(alone=True)
+        saved = self.saved if self.engine is None else self._of_all_ranks or self.engine.state_dict(alone=True)
         return {"args": {"config": config}, "attributes": {"saved": saved}}
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
@@ -51,9 +53,9 @@ class GradckptCallback(TrainerCallback, ExportableState):
         model = kwargs["model"]
         self._watch = ModelWatch(self._config, model=model, on_enabled=self._enabled)
         self._watch.arm()
-        _join(self, model)
+        at_next_event(model, self.join)
 
-    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Add the figures to the logs of training; those of evaluation and of the end stay as they are."""
         if self.engine is not None and self.engine.enabled and "loss" in logs:
             figures = figures_of(self.engine)
@@ -61,24 +63,36 @@ class GradckptCallback(TrainerCallback, ExportableState):
             state.log_history[-1] |= figures
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Resume, where the engine was enabled before this callback was there."""
+        """Resume, where the engine was enabled before this callback was there; see to a checkpoint that is due."""
         self._resume()
+        self._add_up(control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """See to a checkpoint that is due."""
+        self._add_up(control)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Leave the model as it was."""
         self._stop()
 
-    def join(self, handler: CallbackHandler, state: TrainerState) -> None:
-        """Take the place before the trackers, which stand before the user's callbacks in the Trainer's list."""
-        handler.callbacks = [self, *(callback for callback in handler.callbacks if callback is not self)]
+    def join(self, handler: CallbackHandler, state: Any) -> None:
+        """Take the place between the Trainer's own flow, which says when to save, and the trackers."""
+        others = [callback for callback in handler.callbacks if callback is not self]
+        flow = [callback for callback in others if isinstance(callback, DefaultFlowCallback)]
+        handler.callbacks = [*flow, self, *(callback for callback in others if callback not in flow)]
         # A checkpoint that was saved without this callback has no entry for it; saving the next one would need it.
-        entries: Any = state.stateful_callbacks
-        entry = entries.setdefault(type(self).__name__, self.state())
+        entry = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         self.saved = entry["attributes"]["saved"] if state.global_step else None
 
     def _enabled(self, engine: Engine, _: nn.Module) -> None:
         self.engine = engine
         self._resume()
+
+    def _add_up(self, control: Any) -> None:
+        """Before a checkpoint, take the state while all ranks are here: of those, the Trainer will ask one alone."""
+        self._of_all_ranks = None
+        if control.should_save and self.engine is not None and self.engine.enabled:
+            self._of_all_ranks = self.engine.state_dict()
 
     def _resume(self) -> None:
         saved, self.saved = self.saved, None
@@ -90,6 +104,7 @@ class GradckptCallback(TrainerCallback, ExportableState):
             logger.warning("gradckpt: the state in the checkpoint is left out, and costs are measured anew: %s", error)
 
     def _stop(self) -> None:
+        self._of_all_ranks = None
         if self._watch is not None:
             self._watch.disarm()
         if self.engine is not None:
@@ -100,18 +115,4 @@ def follow(engine: Engine, root: nn.Module) -> None:
     """Add the callback to the Trainer that trains ``root`` or a module in it, at that Trainer's next event."""
     callback = GradckptCallback(engine.config)
     callback.engine = engine
-    _join(callback, root)
-
-
-def _join(callback: GradckptCallback, root: nn.Module) -> None:
-    """A Trainer gives its callbacks no way to itself: its list of them is seen at its next event, and only then."""
-    handlers: Any = CallbackHandler
-    plain = handlers.call_event
-
-    def call_event(handler: Any, event: str, args: Any, state: Any, *others: Any, **kwargs: Any) -> Any:
-        if any(part is handler.model for part in root.modules()):
-            handlers.call_event = plain
-            callback.join(handler, state)
-        return plain(handler, event, args, state, *others, **kwargs)
-
-    handlers.call_event = call_event
+    at_next_event(root, callback.join)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from deepspeed_support import SETTINGS, document, start, train, use_cpu
+from deepspeed_support import SETTINGS, Units, document, start, train, use_cpu
 from frameworks import assert_bitwise
 from models import operations
 from support import run_distributed_test
@@ -124,32 +124,6 @@ def _check_model(kind: str, stage: int, names: tuple[str, ...], **sections: Any)
     assert engine.stats()["recomputes"] == [run + 1 for run in runs]
     engine.disable()
     trainer.destroy()
-
-
-class Units:
-    """A Megatron-like ``mpu``: both ranks are tensor-parallel, and hold the same."""
-
-    def __init__(self) -> None:
-        alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
-        self.data = alone[dist.get_rank()]
-
-    def get_model_parallel_rank(self) -> int:
-        return dist.get_rank()
-
-    def get_model_parallel_world_size(self) -> int:
-        return dist.get_world_size()
-
-    def get_model_parallel_group(self) -> Any:
-        return dist.group.WORLD
-
-    def get_data_parallel_rank(self) -> int:
-        return 0
-
-    def get_data_parallel_world_size(self) -> int:
-        return 1
-
-    def get_data_parallel_group(self) -> Any:
-        return self.data
 
 
 def _check_section(messages: list[str]) -> None:

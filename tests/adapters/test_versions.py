@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+import gradckpt_dist
 from gradckpt_dist import ConfigError
 from gradckpt_dist.adapters import versions
 
+pytest.importorskip("transformers.trainer_callback")  # before another version of it is pretended
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -34,6 +36,15 @@ def test_missing_framework_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ConfigError) as error:
         versions.require("accelerate")
     assert str(error.value) == "accelerate is not installed; pip install 'gradckpt_dist[accelerate]'"
+    with pytest.raises(ConfigError, match=r"^transformers is not installed; .*\[transformers\]'$"):
+        gradckpt_dist.GradckptCallback  # noqa: B018
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_trainers_callback_says_so_of_transformers(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="gradckpt_dist"):
+        gradckpt_dist.GradckptCallback()
+    assert [line.partition(" than")[0] for line in caplog.messages] == ["gradckpt: transformers 4.57.1 is older"]
 
 
 @pytest.mark.usefixtures("installed")

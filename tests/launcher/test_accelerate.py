@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from support import interruptible, run_command
+from support import INTERRUPTED, interruptible, run_command
 
 from gradckpt_dist import ConfigError
 from gradckpt_dist.launcher.accelerate import launch
@@ -122,44 +122,43 @@ def test_resumed_script_goes_on_with_its_mask(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_section_in_deepspeeds_file_reaches_its_engine(folder: Path) -> None:
+def test_section_in_deepspeeds_file_is_enough(folder: Path) -> None:
     script = _write(
         folder / "train.py",
         """
-        import json, torch
+        import torch
         from accelerate import Accelerator
         from accelerate.utils import InitProcessGroupKwargs
         from torch import nn
         accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
-        model = nn.Linear(4, 4)
-        engine, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.01))
-        print(json.dumps([type(engine).__name__, engine.config["gradckpt"]]))
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 8)) for _ in range(4)))
+        engine, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.01))
+        for _ in range(2):
+            accelerator.backward(engine(torch.randn(1, 8)).square().mean())
+        print(type(engine).__name__)
         """,
     )
     batches = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     document = {**batches, "zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
-    (folder / "deepspeed.json").write_text(json.dumps(document | {"gradckpt": SECTION}))
+    section = SECTION | {"memory_budget": None, "log_dir": str(folder / "log"), "log_level": "debug"}
+    (folder / "deepspeed.json").write_text(json.dumps(document | {"gradckpt": section}))
     plugin = {"deepspeed_config_file": str(folder / "deepspeed.json")}
     changes = {"distributed_type": "DEEPSPEED", "use_cpu": False, "main_process_port": 0, "deepspeed_config": plugin}
-    changes["mixed_precision"] = None  # Accelerate refuses it beside DeepSpeed's own file
-    done = _launch(folder, "--config_file", _config(folder / "config.yaml", **changes), script)
+    changes |= {
+        "num_processes": 2,
+        "mixed_precision": None,
+    }  # Accelerate refuses the latter beside DeepSpeed's own file
+    done = _launch(folder, "--config_file", _config(folder / "config.yaml", **changes), script, DS_ACCELERATOR="cpu")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == ["DeepSpeedEngine", SECTION]
+    assert "DeepSpeedEngine" in done.stdout
+    logs = [(folder / "log" / name).read_text() for name in ("gradckpt.jsonl", "gradckpt.rank1.jsonl")]
+    starts = [json.loads(log.splitlines()[0]) for log in logs]
+    assert [start["mask"] for start in starts] == [["recompute", "keep", "recompute", "keep"]] * 2
+    assert [start["config"]["memory_budget"] for start in starts] == ["auto", "auto"]
 
 
 def test_interrupt_reaches_the_script(folder: Path) -> None:
-    script = _write(
-        folder / "train.py",
-        """
-        import time
-        print("ready", flush=True)
-        try:
-            time.sleep(60)
-        except KeyboardInterrupt:
-            print("cleaned up", flush=True)
-            raise
-        """,
-    )
+    script = _write(folder / "train.py", INTERRUPTED)
     config = _config(folder / "config.yaml", gradckpt=SECTION)
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     environment = os.environ | {"TMPDIR": str(folder / "temporary")}

@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
-from support import interruptible, run_command, run_torchrun
+import yaml
+from support import INTERRUPTED, interruptible, run_command, run_torchrun
 
+REPOSITORY = Path(__file__).parents[2]
 MODEL = """
 import torch
 from torch import nn
@@ -184,23 +185,11 @@ def test_exit_codes_and_tracebacks_are_those_of_the_script(folder: Path, ending:
 
 
 def test_interrupt_reaches_the_script(folder: Path) -> None:
-    script = _script(
-        folder,
-        """
-        import time
-        print("ready", flush=True)
-        try:
-            time.sleep(60)
-        except KeyboardInterrupt:
-            print("cleaned up", flush=True)
-            raise
-        """,
-    )
+    script = _script(folder, INTERRUPTED)
     command = [sys.executable, "-m", "gradckpt_dist", "run", str(script)]
     with interruptible(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-        time.sleep(0.2)
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=30)
     assert output == "cleaned up\n"
@@ -230,6 +219,7 @@ def test_spawned_data_loader_workers_find_main(folder: Path) -> None:
 
 
 def test_under_torchrun_both_ranks_decide_alike(folder: Path) -> None:
+    """By the ready file, sooner than it says."""
     script = _script(
         folder,
         """
@@ -249,8 +239,11 @@ def test_under_torchrun_both_ranks_decide_alike(folder: Path) -> None:
     )
     plain = run_torchrun(script, 2, "plain")
     assert plain.returncode == 0, plain.stderr
-    config = str(folder / "config.yaml")
-    ours = run_torchrun("-m", 2, "gradckpt_dist", "run", "--config", config, str(script), "ours")
+    document = yaml.safe_load((REPOSITORY / "configs" / "torchrun.yaml").read_text())
+    document["gradckpt"] |= yaml.safe_load((folder / "config.yaml").read_text())["gradckpt"]
+    (folder / "torchrun.yaml").write_text(yaml.safe_dump(document))
+    launched = ["gradckpt_dist", "run", "--config", str(folder / "torchrun.yaml"), str(script), "ours"]
+    ours = run_torchrun("-m", 2, *launched)
     assert ours.returncode == 0, ours.stderr
     for rank in range(2):
         assert (folder / f"ours{rank}").read_text() == (folder / f"plain{rank}").read_text()
