@@ -43,7 +43,7 @@ def decode(message: torch.Tensor, blocks: Sequence[str]) -> Decision:
     Raises:
         MaskError: wrong length, a storage code out of range, or a checksum that does not match.
     """
-    raw = message.numpy().tobytes()
+    raw = bytes(message.tolist())
     if len(raw) != message_bytes(len(blocks)):
         raise MaskError(f"a decision for {len(blocks)} blocks has {message_bytes(len(blocks))} bytes, not {len(raw)}")
     body, checksum = raw[:-_CHECKSUM_BYTES], raw[-_CHECKSUM_BYTES:]
@@ -54,4 +54,4 @@ def decode(message: torch.Tensor, blocks: Sequence[str]) -> Decision:
 
 
 def _checksum(body: bytes, blocks: Sequence[str]) -> bytes:
-    return hashlib.sha256(body + "\n".join(blocks).encode()).digest()[:_CHECKSUM_BYTES]
+    return hashlib.blake2b(body + "\n".join(blocks).encode(), digest_size=_CHECKSUM_BYTES).digest()

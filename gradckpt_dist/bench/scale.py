@@ -46,7 +46,7 @@ class _Extent:
     simulated_decisions: int
 
 
-_FULL = _Extent(ranks=(2, 4, 8, 16, 32), decisions=20, simulated_decisions=200)
+_FULL = _Extent(ranks=(2, 4, 8, 16, 32), decisions=50, simulated_decisions=200)
 _QUICK = _Extent(ranks=(2, 4), decisions=3, simulated_decisions=5)
 
 
