@@ -43,7 +43,8 @@ def _decide(model: nn.Module, engine: gradckpt_dist.Engine, optimizer: torch.opt
 def _settle_interned_strings() -> None:
     """Bring Python's table of interned strings to its final size: it never shrinks, and grows when names come and go.
 
-    torch makes attributes and keys by name in each step, so that once in about 10,000 steps the table is made anew.
+    torch makes names in each step, so that the table is made anew, with 4 MiB more, after some 30,000 steps, whether
+    there is a plugin or not.
     """
     for number in range(1 << 20):
         sys.intern(f"gradckpt {number}")

@@ -30,6 +30,8 @@ _LAST_WORDS_SECONDS = 10.0
 """How far apart the survivors of a dead rank may see a collective fail, and still name the dead one only."""
 _MISSING_KEY = "failed/missing"
 _ENDED, _FAILED = "ended", "failed"
+_DEEDS = {_FAILED: "had stopped with an error", "": "did not answer", _ENDED: "had ended"}
+"""What a missing rank did, by the word that it left; the worst comes first."""
 _VERDICT_SECONDS = 3.0
 """What the first rank gets, once its own time is up, to say who is missing."""
 
@@ -127,12 +129,9 @@ class RollCall:
         One that failed by itself comes before those that are dead or stuck, perhaps on its account; one that came to
         its end is at fault only if there is no other.
         """
-        words = {rank: self._word(rank) for rank in missing}
-        for word, deed in ((_FAILED, "had stopped with an error"), ("", "did not answer"), (_ENDED, "had ended")):
-            faulty = [rank for rank in missing if words[rank] == word]
-            if faulty:
-                return faulty, deed
-        return list(missing), "did not answer"
+        words = [self._word(rank) for rank in missing]
+        worst = min(words, key=list(_DEEDS).index)
+        return [rank for rank, word in zip(missing, words, strict=True) if word == worst], _DEEDS[worst]
 
     def last_survivor(self) -> int:
         """Once all are: the rank that saw the collective fail last, hence probably the one that was late for it."""
