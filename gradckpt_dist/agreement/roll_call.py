@@ -103,7 +103,9 @@ class RollCall:
         """
         keys = {rank: f"failed/{rank}" for rank in self._ranks}
         self._store.set(keys[self._rank], str(self._store.add("failed/count", 1)))
-        deadline = time.monotonic() + min(_LAST_WORDS_SECONDS, self._timeout.total_seconds())
+        # One that has no connection to the dead rank sees its own collective fail only when the time is up.
+        timed_out_seconds = self._timeout.total_seconds() + _VERDICT_SECONDS
+        deadline = time.monotonic() + min(_LAST_WORDS_SECONDS, timed_out_seconds)
         while True:
             alive = [rank for rank, key in keys.items() if self._store.check([key])]
             if len(alive) == len(keys) or time.monotonic() > deadline:
