@@ -391,9 +391,9 @@ class Engine:
             "plugin_seconds": self._knowledge.plugin_seconds,
         }
         if event == "set_mask":
-            self._journal.set_mask(self._step, self._mask, self.stats(), **also)
+            self._journal.set_mask(self._step, self._mask, self.stats, **also)
         else:
-            self._journal.decision(self._step, self._mask, self.stats(), self._plan, **also)
+            self._journal.decision(self._step, self._mask, self.stats, self._plan, **also)
 
     def _report_out_of_memory(self) -> None:
         self._journal.out_of_memory(self._step, self.stats(), self.config)

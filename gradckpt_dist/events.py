@@ -21,6 +21,11 @@ class EventLog:
         if log_dir is not None and (rank == 0 or all_ranks):
             self._path = Path(log_dir) / ("gradckpt.jsonl" if rank == 0 else f"gradckpt.rank{rank}.jsonl")
 
+    @property
+    def is_open(self) -> bool:
+        """Whether lines are written: there is a folder for them, this rank has part in it, and it could be written."""
+        return self._path is not None
+
     def write(self, event: str, **fields: Any) -> None:
         """Append one line."""
         if self._path is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from gradckpt_dist.policy import BudgetPlan, Plan
 from gradckpt_dist.version import __version__
 
 logger = logging.getLogger("gradckpt_dist")
+
+Stats = Callable[[], Mapping[str, Any]]
 
 _DECISION_STATS = (
     "impacts",
@@ -57,8 +59,8 @@ class Journal:
         if self._rank == 0:
             logger.info("gradckpt: %d blocks, %d ranks, policy %s", len(mask), self._ranks, config.policy)
 
-    def decision(self, step: int, mask: Mask, stats: Mapping[str, Any], plan: Plan | None, **also: Any) -> None:
-        """A mask was agreed on; the plan is known to rank 0."""
+    def decision(self, step: int, mask: Mask, stats: Stats, plan: Plan | None, **also: Any) -> None:
+        """A mask was agreed on; the plan is known to rank 0. ``stats`` is asked only where there is a log to write."""
         error_price = plan.error_price if isinstance(plan, BudgetPlan) else None
         reason = plan.reason if plan else None
         self._mask("decision", step, mask, stats, reason=reason, error_price=error_price, **also)
@@ -66,7 +68,7 @@ class Journal:
             self._warned_infeasible = True
             logger.warning("gradckpt: step %d: %s; training goes on", step, plan.reason)
 
-    def set_mask(self, step: int, mask: Mask, stats: Mapping[str, Any], **also: Any) -> None:
+    def set_mask(self, step: int, mask: Mask, stats: Stats, **also: Any) -> None:
         """The user has pinned a mask."""
         self._mask("set_mask", step, mask, stats, reason="set by the user", **also)
 
@@ -86,9 +88,12 @@ class Journal:
             config.reserve,
         )
 
-    def _mask(self, event: str, step: int, mask: Mask, stats: Mapping[str, Any], **also: Any) -> None:
+    def _mask(self, event: str, step: int, mask: Mask, stats: Stats, **also: Any) -> None:
         if self._rank == 0:
             logger.debug("gradckpt: step %d, epoch %d, mask %s", step, mask.epoch, ",".join(mask.storages))
+        if not self._log.is_open:
+            return
+        found = stats()
         self._log.write(
             event,
             step=step,
@@ -96,6 +101,6 @@ class Journal:
             digest=mask.digest,
             mask=list(mask.storages),
             ranks=self._ranks,
-            **{name: stats[name] for name in _DECISION_STATS},
+            **{name: found[name] for name in _DECISION_STATS},
             **also,
         )

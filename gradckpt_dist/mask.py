@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
-
 from gradckpt_dist.errors import MaskError
 
 STORAGE_NAMES = (
@@ -50,9 +48,10 @@ class Mask:
                 f"the mask has {len(self.storages)} storages for {len(self.blocks)} blocks; "
                 f"give one for each of: {_abridged(self.blocks)}"
             )
-        for block, storage in zip(self.blocks, self.storages, strict=True):
-            if storage not in _CODES:
-                raise MaskError(f"unknown storage {storage!r} for block {block!r}; allowed: {', '.join(STORAGE_NAMES)}")
+        if not _CODES.keys() >= set(self.storages):
+            storage = next(name for name in self.storages if name not in _CODES)
+            block = self.blocks[self.storages.index(storage)]
+            raise MaskError(f"unknown storage {storage!r} for block {block!r}; allowed: {', '.join(STORAGE_NAMES)}")
 
     def __len__(self) -> int:
         return len(self.storages)
@@ -60,7 +59,7 @@ class Mask:
     @cached_property
     def digest(self) -> str:
         """16 hexadecimal digits of SHA-256 over block names and storages, whatever the epoch."""
-        text = "\n".join(f"{block}={storage}" for block, storage in zip(self.blocks, self.storages, strict=True))
+        text = "\n".join(map("=".join, zip(self.blocks, self.storages, strict=True)))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def indices(self, storage: str) -> tuple[int, ...]:
@@ -75,26 +74,22 @@ class Mask:
         """
         return Mask(blocks=self.blocks, storages=tuple(storages), epoch=self.epoch + 1)
 
-    def to_tensor(self) -> torch.Tensor:
-        """Codes of the storages, int8 [blocks], on the CPU."""
-        return torch.tensor([_CODES[name] for name in self.storages], dtype=torch.int8)
+    def to_codes(self) -> bytes:
+        """The code of each block's storage, a byte each."""
+        return bytes(map(_CODES.__getitem__, self.storages))
 
     @classmethod
-    def from_tensor(cls, codes: torch.Tensor, blocks: Sequence[str], epoch: int) -> Mask:
-        """The mask that ``to_tensor`` wrote.
+    def from_codes(cls, codes: bytes, blocks: Sequence[str], epoch: int) -> Mask:
+        """The mask that ``to_codes`` wrote.
 
         Raises:
-            MaskError: not int8 [blocks], or a code out of range.
+            MaskError: not one byte a block, or a code out of range.
         """
-        if codes.dtype != torch.int8 or codes.shape != (len(blocks),):
-            raise MaskError(
-                f"a mask of {len(blocks)} blocks is int8 [{len(blocks)}], not {codes.dtype} {list(codes.shape)}"
-            )
-        values = codes.tolist()
-        for value in values:
-            if not 0 <= value < len(STORAGE_NAMES):
-                raise MaskError(f"storage code {value} is not in 0..{len(STORAGE_NAMES) - 1}")
-        return cls(blocks=tuple(blocks), storages=tuple(STORAGE_NAMES[value] for value in values), epoch=epoch)
+        if len(codes) != len(blocks):
+            raise MaskError(f"a mask of {len(blocks)} blocks has {len(blocks)} codes, not {len(codes)}")
+        if max(codes, default=0) >= len(STORAGE_NAMES):
+            raise MaskError(f"storage code {max(codes)} is not in 0..{len(STORAGE_NAMES) - 1}")
+        return cls(blocks=tuple(blocks), storages=tuple(map(STORAGE_NAMES.__getitem__, codes)), epoch=epoch)
 
 
 def _abridged(names: Sequence[str], limit: int = 6) -> str:

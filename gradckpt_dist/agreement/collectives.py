@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import weakref
 from abc import ABC, abstractmethod
+from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -140,8 +141,7 @@ class GroupAgreement(Agreement):
 
     def launch(self, sums: torch.Tensor, maxima: Sequence[float], step: int, epoch: int) -> None:
         self._step, self._epoch = step, epoch
-        marks = (step, -step, epoch, -epoch)
-        most = torch.tensor([*marks, *maxima], dtype=torch.float64).to(self._device, non_blocking=True)
+        most = self._vector([step, -step, epoch, -epoch, *maxima])
         self._reductions = self._guard(lambda: self._start_reductions(sums, most))
 
     def collect(self) -> tuple[list[float], list[float]]:
@@ -158,7 +158,7 @@ class GroupAgreement(Agreement):
     def add_up(self, sums: torch.Tensor, maxima: Sequence[float], step: int) -> tuple[list[float], list[float]] | None:
         if not self._guard(lambda: self._roll_call.all_here(step)):
             return None
-        most = torch.tensor(maxima, dtype=torch.float64).to(self._device)
+        most = self._vector(maxima)
         started = self._guard(lambda: self._start_reductions(sums, most))
         total, largest = self._guard(lambda: [self._finish(*pair).tolist() for pair in started])
         return total, largest
@@ -179,17 +179,17 @@ class GroupAgreement(Agreement):
         try:
             decision = decode(message, blocks)
         except MaskError as error:
-            raise AgreementError(str(error), rank=self._global_ranks[self.rank], step=self._step) from error
+            raise self._own_fault(str(error)) from error
         if decision.mask.epoch != epoch + 1 or decision.step != self._step:
-            raise AgreementError(
+            raise self._own_fault(
                 f"received epoch {decision.mask.epoch} of step {decision.step}, expected epoch {epoch + 1} "
-                f"of step {self._step}",
-                rank=self._global_ranks[self.rank],
-                step=self._step,
+                f"of step {self._step}"
             )
         return decision
 
     def close(self) -> None:
+        if dist.is_initialized():
+            self._roll_call.leave(failed=False)
         if self._group is not None and dist.is_initialized():
             if self._sound:
                 self._spare_groups().append(self._group)
@@ -225,6 +225,10 @@ class GroupAgreement(Agreement):
             for tensor, op in ((sums, dist.ReduceOp.SUM), (most, dist.ReduceOp.MAX))
         )
 
+    def _vector(self, values: Sequence[float]) -> torch.Tensor:
+        """Float64 on the device. An array is read without looking at each number's type twice, as torch.tensor does."""
+        return torch.frombuffer(array("d", values), dtype=torch.float64).to(self._device, non_blocking=True)
+
     def _new_message(self, decision: Decision | None, blocks: int) -> torch.Tensor:
         if decision is None:
             return torch.empty(message_bytes(blocks), dtype=torch.uint8, device=self._device)
@@ -247,22 +251,31 @@ class GroupAgreement(Agreement):
             self._sound = False
             raise self._blame(error) from error
 
+    def _own_fault(self, reason: str) -> AgreementError:
+        """Something is wrong here; the others, whom this rank leaves alone, are told so."""
+        self._roll_call.leave(failed=True)
+        return AgreementError(reason, rank=self.global_rank, step=self._step)
+
     def _blame(self, error: RuntimeError) -> AgreementError:
         cause = str(error).splitlines()[0]
         try:
             alive = self._roll_call.survivors()
             missing = [rank for rank in self._global_ranks if rank not in alive]
-            last = None if missing else self._roll_call.last_survivor()
+            if missing:
+                faulty, deed = self._roll_call.blame(missing)
+            else:
+                faulty = [self._roll_call.last_survivor()]
         except RuntimeError as store_error:
             return AgreementError(
                 f"a collective failed ({cause}), and so did the store ({str(store_error).splitlines()[0]}); "
                 "the rank that hosts it is probably dead",
                 step=self._step,
             )
-        if last is not None:
-            reason = f"a collective failed on all ranks, last on rank {last}, which was probably late for it: {cause}"
-            return AgreementError(reason, rank=last, step=self._step)
-        return AgreementError(f"ranks {missing} did not answer: {cause}", rank=missing[0], step=self._step)
+        first = faulty[0]
+        if missing:
+            return AgreementError(f"ranks {faulty} {deed}: {cause}", rank=first, step=self._step)
+        reason = f"a collective failed on all ranks, last on rank {first}, which was probably late for it: {cause}"
+        return AgreementError(reason, rank=first, step=self._step)
 
 
 def create_agreement(domain: Domain | None, device: torch.device, timeout_seconds: float) -> Agreement:

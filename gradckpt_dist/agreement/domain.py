@@ -25,10 +25,10 @@ _PIPELINE_DIMENSION = r"pp|pipe\w*|stages?"
 def domain_of(model: nn.Module) -> tuple[int, ...] | None:
     """The global ranks that run the same blocks as ``model`` does here; None where the model does not say.
 
-    Looked at are DDP's and FSDP1's process groups and the meshes of DTensor parameters (FSDP2, tensor parallelism).
-    A mesh that was cut from a larger one by names stands for all of the larger one but its pipeline dimension (``pp``,
-    ``pipe…``, ``stage``). Several that do not hold each other span a grid. A model that says nothing and is a stage of
-    a pipeline is on its own. No rank asks another.
+    Looked at are DDP's and FSDP1's process groups, and the meshes of FSDP1 and of DTensor parameters (FSDP2, tensor
+    parallelism). A mesh that was cut from a larger one by names stands for all of the larger one but its pipeline
+    dimension (``pp``, ``pipe…``, ``stage``). Several that do not hold each other span a grid. A model that says nothing
+    and is a stage of a pipeline is on its own. No rank asks another.
     """
     if not dist.is_available() or not dist.is_initialized():
         return None
@@ -63,8 +63,7 @@ def global_ranks(domain: Domain | None) -> tuple[int, ...]:
 
 def _groups(model: nn.Module) -> Iterator[tuple[int, ...]]:
     for module in model.modules():
-        names = {base.__name__ for base in type(module).__mro__}
-        if isinstance(module, DistributedDataParallel) or "FullyShardedDataParallel" in names:
+        if isinstance(module, DistributedDataParallel) or _is_fsdp1(module):
             for attribute in ("process_group", "_inter_node_pg"):
                 group = getattr(module, attribute, None)
                 if group is not None:
@@ -72,11 +71,17 @@ def _groups(model: nn.Module) -> Iterator[tuple[int, ...]]:
 
 
 def _meshes(model: nn.Module) -> Iterator[tuple[int, ...]]:
-    meshes = {id(mesh): mesh for p in model.parameters() if (mesh := getattr(p, "device_mesh", None)) is not None}
-    for mesh in meshes.values():
+    # FSDP1 flattens DTensors away; that it shards some is told by its own mesh, which was cut from theirs.
+    found = [getattr(parameter, "device_mesh", None) for parameter in model.parameters()]
+    found += [getattr(module, "_device_mesh", None) for module in model.modules() if _is_fsdp1(module)]
+    for mesh in {id(mesh): mesh for mesh in found if mesh is not None}.values():
         root = mesh._get_root_mesh()
         is_cut = mesh.mesh_dim_names and set(mesh.mesh_dim_names) <= set(root.mesh_dim_names or ())
         yield _without_pipeline(root if is_cut else mesh)
+
+
+def _is_fsdp1(module: nn.Module) -> bool:
+    return "FullyShardedDataParallel" in {base.__name__ for base in type(module).__mro__}
 
 
 def _without_pipeline(mesh: Any) -> tuple[int, ...]:

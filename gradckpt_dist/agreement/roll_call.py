@@ -5,9 +5,11 @@ Texts are JSON and are parsed as data, never evaluated or unpickled.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -27,6 +29,9 @@ _MAX_TEXT_BYTES = 1 << 22
 _LAST_WORDS_SECONDS = 10.0
 """How far apart the survivors of a dead rank may see a collective fail, and still name the dead one only."""
 _MISSING_KEY = "failed/missing"
+_ENDED, _FAILED = "ended", "failed"
+_DEEDS = {_FAILED: "had stopped with an error", "": "did not answer", _ENDED: "had ended"}
+"""What a missing rank did, by the word that it left; the worst comes first."""
 _VERDICT_SECONDS = 3.0
 """What the first rank gets, once its own time is up, to say who is missing."""
 
@@ -41,7 +46,7 @@ class RollCall:
         self._timeout = timedelta(seconds=timeout_seconds)
         self._calls = 0
         self._asked = 0
-        self._left_alone = False
+        self._left_alone = self._left = False
 
     def compare(self, facts: Facts, step: int) -> None:
         """Return once every rank has given equal facts. Called by all ranks, in the same order of calls.
@@ -98,7 +103,9 @@ class RollCall:
         """
         keys = {rank: f"failed/{rank}" for rank in self._ranks}
         self._store.set(keys[self._rank], str(self._store.add("failed/count", 1)))
-        deadline = time.monotonic() + min(_LAST_WORDS_SECONDS, self._timeout.total_seconds())
+        # One that has no connection to the dead rank sees its own collective fail only when the time is up.
+        timed_out_seconds = self._timeout.total_seconds() + _VERDICT_SECONDS
+        deadline = time.monotonic() + min(_LAST_WORDS_SECONDS, timed_out_seconds)
         while True:
             alive = [rank for rank, key in keys.items() if self._store.check([key])]
             if len(alive) == len(keys) or time.monotonic() > deadline:
@@ -109,6 +116,24 @@ class RollCall:
             time.sleep(0.05)
         self._store.set(_MISSING_KEY, json.dumps([rank for rank in self._ranks if rank not in alive]))
         return alive
+
+    def leave(self, *, failed: bool) -> None:
+        """Leave word that this rank takes no further part: it has come to its end, or ``failed`` by itself."""
+        if self._left:
+            return
+        self._left = True
+        with contextlib.suppress(RuntimeError):  # the rank that hosts the store has gone first
+            self._store.set(f"left/{self._rank}", _FAILED if failed else _ENDED)
+
+    def blame(self, missing: Sequence[int]) -> tuple[list[int], str]:
+        """Which of the ``missing`` ranks are at fault, and what they did.
+
+        One that failed by itself comes before those that are dead or stuck, perhaps on its account; one that came to
+        its end is at fault only if there is no other.
+        """
+        words = [self._word(rank) for rank in missing]
+        worst = min(words, key=list(_DEEDS).index)
+        return [rank for rank, word in zip(missing, words, strict=True) if word == worst], _DEEDS[worst]
 
     def last_survivor(self) -> int:
         """Once all are: the rank that saw the collective fail last, hence probably the one that was late for it."""
@@ -121,14 +146,15 @@ class RollCall:
             missing = [rank for rank, key in zip(self._ranks, keys, strict=True) if not self._store.check([key])]
             seconds = self._timeout.total_seconds()
             return {"rank": missing[0], "reason": f"ranks {missing} did not take part within {seconds:g} s"}
-        reference: Facts | None = None
+        given: dict[int, Facts] = {}
         for rank, key in zip(self._ranks, keys, strict=True):
             try:
-                facts = self._read_facts(key)
+                given[rank] = self._read_facts(key)
             except AgreementError as error:
                 return {"rank": rank, "reason": error.reason}
-            reference = facts if reference is None else reference
-            reason = facts.get("error") or first_difference(reference, facts, self._ranks[0], rank)
+        reference = _most_common(given)
+        for rank, facts in given.items():
+            reason = facts.get("error") or first_difference(given[reference], facts, reference, rank)
             if reason:
                 return {"rank": rank, "reason": reason}
         return None
@@ -163,6 +189,13 @@ class RollCall:
             raise AgreementError(f"the text under {key!r} is no verdict: {verdict}", rank=self._ranks[0])
         return dict(verdict)
 
+    def _word(self, rank: int) -> str:
+        """What ``rank`` said when it left; empty if it has not."""
+        key = f"left/{rank}"
+        if not self._store.check([key]):
+            return ""
+        return _FAILED if self._store.get(key) == _FAILED.encode() else _ENDED
+
     def _read_missing(self) -> list[int]:
         missing = self._read(_MISSING_KEY)
         return [rank for rank in self._ranks if isinstance(missing, list) and rank in missing]
@@ -172,6 +205,13 @@ class RollCall:
         if len(text) > _MAX_TEXT_BYTES:
             raise AgreementError(f"the text under {key!r} has {len(text)} bytes; at most {_MAX_TEXT_BYTES} are read")
         return json.loads(text)
+
+
+def _most_common(given: Mapping[int, Facts]) -> int:
+    """The first of the ranks whose facts most others share."""
+    texts = {rank: json.dumps(facts, sort_keys=True) for rank, facts in given.items()}
+    counts = Counter(texts.values())
+    return max(given, key=lambda rank: counts[texts[rank]])
 
 
 def first_difference(reference: Facts, facts: Facts, reference_rank: int, rank: int) -> str | None:

@@ -31,11 +31,10 @@ def message_bytes(blocks: int) -> int:
 
 
 def encode(decision: Decision) -> torch.Tensor:
-    """uint8 [message_bytes]; the checksum covers every byte and the mask's digest, hence the block names too."""
-    header = _HEADER.pack(decision.mask.epoch, decision.step, decision.theta)
-    codes = decision.mask.to_tensor().numpy().tobytes()
-    body = header + codes
-    return torch.frombuffer(bytearray(body + _checksum(body, decision.mask)), dtype=torch.uint8)
+    """uint8 [message_bytes]; the checksum covers every byte and the names of the blocks."""
+    mask = decision.mask
+    body = _HEADER.pack(mask.epoch, decision.step, decision.theta) + mask.to_codes()
+    return torch.frombuffer(bytearray(body + _checksum(body, mask.blocks)), dtype=torch.uint8)
 
 
 def decode(message: torch.Tensor, blocks: Sequence[str]) -> Decision:
@@ -44,17 +43,15 @@ def decode(message: torch.Tensor, blocks: Sequence[str]) -> Decision:
     Raises:
         MaskError: wrong length, a storage code out of range, or a checksum that does not match.
     """
-    raw = message.numpy().tobytes()
+    raw = bytes(message.tolist())
     if len(raw) != message_bytes(len(blocks)):
         raise MaskError(f"a decision for {len(blocks)} blocks has {message_bytes(len(blocks))} bytes, not {len(raw)}")
     body, checksum = raw[:-_CHECKSUM_BYTES], raw[-_CHECKSUM_BYTES:]
-    epoch, step, theta = _HEADER.unpack_from(body)
-    codes = torch.frombuffer(bytearray(body[_HEADER.size :]), dtype=torch.int8)
-    mask = Mask.from_tensor(codes, blocks, epoch)
-    if _checksum(body, mask) != checksum:
+    if _checksum(body, blocks) != checksum:
         raise MaskError("the broadcast decision does not match its digest; a byte has changed on the way")
-    return Decision(mask=mask, step=step, theta=theta)
+    epoch, step, theta = _HEADER.unpack_from(body)
+    return Decision(mask=Mask.from_codes(body[_HEADER.size :], blocks, epoch), step=step, theta=theta)
 
 
-def _checksum(body: bytes, mask: Mask) -> bytes:
-    return hashlib.sha256(body + mask.digest.encode()).digest()[:_CHECKSUM_BYTES]
+def _checksum(body: bytes, blocks: Sequence[str]) -> bytes:
+    return hashlib.blake2b(body + "\n".join(blocks).encode(), digest_size=_CHECKSUM_BYTES).digest()

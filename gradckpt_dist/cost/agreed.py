@@ -8,8 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gradckpt_dist.cost.table import CostTable
+
+Array = NDArray[np.float64]
 
 UNKNOWN = -1e300
 """Loses against every measured number in a MAX over ranks, and is finite."""
@@ -121,18 +124,15 @@ class Costs:
         ``recompute``, the only storages that serve them; recomputing them is taken to cost as much for its bytes as it
         does elsewhere.
         """
-        blocks = range(len(self._kinds))
-        seconds, held, working, errors = (np.zeros((len(self._kinds), len(self.storages))) for _ in range(4))
+        seconds, held, working = self._measured()
+        errors = np.zeros_like(seconds)
         for column, name in enumerate(self.storages):
             errors[:, column] = squared_errors.get(name, 0.0)
-            seconds[:, column] = [self.extra_seconds(index, name) for index in blocks]
-            held[:, column] = [self.held_bytes(index, name) for index in blocks]
-            working[:, column] = [self.working_set_bytes(index, name) for index in blocks]
-            for index in blocks:
-                if name in ("keep", "recompute") and math.isinf(seconds[index, column]) and measured_bytes:
-                    keep, stored = measured_bytes["keep"][index], measured_bytes[name][index]
-                    seconds[index, column] = (keep - stored) * self._seconds_per_byte()
-                    held[index, column], working[index, column] = stored, keep - stored
+            unserved = np.flatnonzero(np.isinf(seconds[:, column]))
+            if name in ("keep", "recompute") and len(unserved) and measured_bytes:
+                keep, stored = (np.array(measured_bytes[which])[unserved] for which in ("keep", name))
+                seconds[unserved, column] = (keep - stored) * self._seconds_per_byte()
+                held[unserved, column], working[unserved, column] = stored, keep - stored
         seconds[~np.isfinite(errors)] = math.inf
         serves = np.isfinite(seconds)
         return CostTable(
@@ -143,6 +143,16 @@ class Costs:
             squared_error=np.where(serves, errors, 0.0),
             fixed_bytes=fixed_bytes,
         )
+
+    def _measured(self) -> Array:
+        """[3, blocks, storages]: extra seconds, held and working-set bytes. Blocks of a kind and size are alike."""
+        sizes = list(zip(self._kinds, self.step_tokens, self.forward_tokens, self.call_tokens, strict=True))
+        examples = {size: index for index, size in enumerate(sizes)}
+        places = {size: place for place, size in enumerate(examples)}
+        of = (self.extra_seconds, self.held_bytes, self.working_set_bytes)
+        found = [[[value(index, name) for name in self.storages] for index in examples.values()] for value in of]
+        measured: Array = np.array(found, dtype=np.float64)[:, [places[size] for size in sizes]]
+        return measured
 
     def _seconds_per_byte(self) -> float:
         known = [

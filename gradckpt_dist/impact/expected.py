@@ -172,11 +172,11 @@ class _Means:
     def update(self, counts: Array, sums: Array) -> None:
         """Fold in sums [blocks, fields] over as many samples."""
         sound = (counts >= 1) & (counts <= LARGEST_SUM) & ((sums >= 0) & (sums <= LARGEST_SUM)).all(axis=1)
-        for block in np.flatnonzero(sound):
-            self.updates[block] += 1
-            weight = 1 / min(int(self.updates[block]), self._memory)
-            old = self.values[block] if self.updates[block] > 1 else 0.0
-            self.values[block] = (1 - weight) * old + weight * sums[block] / counts[block]
+        self.updates += sound
+        updates = self.updates[sound, None]
+        weight = 1 / np.minimum(updates, self._memory)
+        old = np.where(updates > 1, self.values[sound], 0.0)
+        self.values[sound] = (1 - weight) * old + weight * sums[sound] / counts[sound, None]
 
     def plain(self) -> list[list[float | None]]:
         """By block: the updates, then the values, None for what is not known."""

@@ -11,9 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed import HashStore
 
 from gradckpt_dist import AgreementError, Mask
 from gradckpt_dist.agreement.collectives import GroupAgreement
+from gradckpt_dist.agreement.roll_call import RollCall
 from gradckpt_dist.agreement.wire import Decision, encode, message_bytes
 from gradckpt_dist.config import Config
 from gradckpt_dist.cost.budget import Budget
@@ -126,11 +128,13 @@ def test_a_flipped_byte_is_found_by_each_rank_that_receives_it(data: st.DataObje
     mask = Mask(blocks=BLOCKS, storages=tuple(storages), epoch=data.draw(st.integers(1, 10**6)))
     message = encode(Decision(mask=mask, step=7, theta=0.5))
     message[data.draw(st.integers(0, message_bytes(4) - 1))] ^= data.draw(st.integers(1, 255))
+    store = HashStore()
     for rank in range(3):
         agreement = GroupAgreement.__new__(GroupAgreement)
-        agreement.rank, agreement._global_ranks, agreement._step = rank, [0, 1, 2], 7
+        agreement.rank, agreement.global_rank, agreement._step = rank, rank, 7
+        agreement._roll_call = RollCall(store, rank, [0, 1, 2], 1.0)
         agreement._stream, agreement._message, agreement._message_work = None, message, _Done()
-        with pytest.raises(AgreementError, match=r"digest|not in 0") as caught:
+        with pytest.raises(AgreementError, match="does not match its digest") as caught:
             agreement.receive(BLOCKS, mask.epoch - 1)
         assert (caught.value.rank, caught.value.step) == (rank, 7)
 

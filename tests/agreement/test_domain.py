@@ -20,6 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from gradckpt_dist import AgreementError
 from gradckpt_dist.agreement.domain import domain_of, global_ranks
 
+CPU = torch.device("cpu")
 PLAN: dict[str, Any] = {"0": ColwiseParallel(), "1": RowwiseParallel()}
 
 
@@ -45,6 +46,8 @@ def _pipelined_mesh() -> None:
         sorted(dist.get_process_group_ranks(mesh["dp"].get_group()))
     )
     _flattened(mesh, expected)
+    flattened_away = parallelize_module(_model(), mesh["tp"], PLAN)
+    assert domain_of(FullyShardedDataParallel(flattened_away, device_mesh=mesh["dp"], device_id=CPU)) == expected
     # Stages that are meshes by themselves.
     first = rank // 4 * 4
     names = ("replicate", "shard")
@@ -65,7 +68,7 @@ def _two_dimensions() -> None:
         _model(),
         device_mesh=mesh,
         sharding_strategy=ShardingStrategy.HYBRID_SHARD,
-        device_id=torch.device("cpu"),
+        device_id=CPU,
     )
     assert domain_of(hybrid) == _everywhere()
 
@@ -87,7 +90,7 @@ def _models_that_say_nothing() -> None:
     model = _model()
     assert domain_of(model) is None
     assert domain_of(DistributedDataParallel(model)) == _everywhere()
-    stage = PipelineStage(model, rank, dist.get_world_size(), torch.device("cpu"))
+    stage = PipelineStage(model, rank, dist.get_world_size(), CPU)
     assert domain_of(model) == (rank,)
     assert domain_of(_model()) is None
     del stage

@@ -81,6 +81,33 @@ def test_fields_of_one_side_only_are_differences() -> None:
     assert first_difference({"a": 1}, {}, 0, 1) == "a differs: None on rank 1, 1 on rank 0; make them equal"
 
 
+def test_facts_are_held_against_what_most_ranks_gave() -> None:
+    for error in _compare({4: {"step": 3}, 5: {"step": 6}, 7: {"step": 6}}):
+        assert error.rank == 4
+        assert error.reason == "step differs: 3 on rank 4, 6 on rank 5; make them equal"
+
+
+@pytest.mark.parametrize(
+    ("left", "missing", "faulty"),
+    [
+        ({4: False}, [4, 5], ([5], "did not answer")),
+        ({4: True}, [4, 5], ([4], "had stopped with an error")),
+        ({4: False, 5: False}, [4, 5], ([4, 5], "had ended")),
+        ({5: False}, [5], ([5], "had ended")),
+        ({}, [4, 5], ([4, 5], "did not answer")),
+    ],
+)
+def test_of_the_missing_those_are_blamed_that_did_not_end_in_order(
+    left: dict[int, bool], missing: list[int], faulty: tuple[list[int], str]
+) -> None:
+    store = HashStore()
+    for rank, failed in left.items():
+        leaving = RollCall(store, rank, RANKS, SECONDS)
+        leaving.leave(failed=failed)
+        leaving.leave(failed=not failed)  # the first word counts
+    assert RollCall(store, 7, RANKS, SECONDS).blame(missing) == faulty
+
+
 @pytest.mark.parametrize("failed", RANKS)
 def test_an_error_on_one_rank_reaches_all(failed: int) -> None:
     facts = {rank: {"error": "ConfigError: x" if rank == failed else None, "seed": 0} for rank in RANKS}

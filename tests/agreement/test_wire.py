@@ -61,6 +61,13 @@ def test_decision_on_other_blocks_is_refused() -> None:
         decode(message, ("layers.0", "layers.1", "layers.3"))
 
 
+def test_a_storage_that_this_version_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Mask, "to_codes", lambda _: bytes([0, len(STORAGE_NAMES), 0]))
+    message = encode(_decision(["keep", "recompute", "keep"]))  # whole, and from a later version
+    with pytest.raises(MaskError, match=r"storage code 9 is not in 0\.\.8"):
+        decode(message, BLOCKS)
+
+
 def test_zeros_are_no_decision() -> None:
     with pytest.raises(MaskError):
         decode(torch.zeros(message_bytes(3), dtype=torch.uint8), BLOCKS)

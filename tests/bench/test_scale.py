@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 from support import run_command
 
+from gradckpt_dist.agreement.wire import message_bytes
+from gradckpt_dist.bench import scale
 from gradckpt_dist.bench.scale_model import Network, sent_bytes, simulate
 
 CALM = Network(message_tail=1e9, step_tail=1e9)
@@ -31,6 +34,24 @@ def test_quick_run_prints_one_object(tmp_path: Path) -> None:
     assert len({row["payload_bytes"] for row in rows}) == 1  # the real ones counted, the simulated ones assumed
     assert all(0 < row["wire_bytes"] <= 64 * 1024 for row in rows)
     assert all(0 < row["exposed_seconds"] <= row["worst_exposed_seconds"] for row in rows)
+    real = [row for row in rows if not row["simulated"]]
+    assert all(row["cpu_seconds"] > 0 for row in real)
+    assert result["host_seconds"] in [row["exposed_seconds"] for row in real]
+
+
+@pytest.mark.parametrize(("cores", "seconds"), [(1, 1.0), (2, 1.0), (4, 1.5), (6, 1.5), (64, 3.0)])
+def test_the_hosts_seconds_are_the_median_of_ranks_with_a_core_each(
+    cores: int, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    rows = [{"ranks": ranks, "exposed_seconds": found} for ranks, found in ((2, 1.0), (4, 1.5), (8, 3.0))]
+    assert scale._host_seconds(rows) == seconds
+
+
+def test_a_decision_on_126_blocks_sends_64_kib_at_most() -> None:
+    sums, maxima = scale._vectors()
+    payload = 8 * (len(sums) + len(maxima) + 4)
+    assert sent_bytes(payload, message_bytes(scale.BLOCKS), 16_384) <= 64 * 1024
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from faults import DEADLY, HARMLESS, STOPPING, Plan, draw
+from faults import BY_OWN_ACCOUNT, DEADLY, HARMLESS, Plan, draw
 from rank import COMPLETED, FAILED, STOPPED, run
 
 AT_ONCE = 4
@@ -139,15 +139,18 @@ def _unexpected(plan: Plan, rank: int, statuses: dict[int, int], lines: list[dic
         framework = plan.form != "local" and "gradckpt_dist/" not in last.get("failure", "")[-600:]
         return "" if framework else f"failed: {last.get('failure')}"
     named = last.get("rank") is not None and last.get("at", -1) >= 0 and last.get("error")
-    blamed = plan.fault in STOPPING or _blames(last, plan.victim, statuses)
-    return "" if named and blamed else f"the error names the wrong rank, or none: {last}"
+    return "" if named and _blames(last, plan, rank) else f"the error names the wrong rank, or none: {last}"
 
 
-def _blames(error: dict[str, Any], victim: int, statuses: dict[int, int]) -> bool:
-    """Whether the victim is named, and beside it only ranks that had come to their end, so that they did not answer."""
-    found = re.match(r"ranks \[([\d, ]+)\] did not answer", error.get("error", ""))
-    named = [int(rank) for rank in found[1].split(",")] if found else [error.get("rank")]
-    return victim in named and all(rank == victim or statuses.get(rank) == COMPLETED for rank in named)
+def _blames(error: dict[str, Any], plan: Plan, rank: int) -> bool:
+    """Whether the victim is named and nobody else, as far as this rank can know."""
+    found = re.match(r"ranks \[([\d, ]+)\]", error["error"])
+    named = {int(number) for number in found[1].split(",")} if found else {error["rank"]}
+    if plan.fault == "corrupt broadcast":  # found where it arrives, and then missed by those that did not get so far
+        return named <= set(range(plan.ranks)) and (0 in named or rank in named)
+    if plan.fault in BY_OWN_ACCOUNT and (rank == plan.victim or plan.ranks == 2):
+        return True
+    return named == {plan.victim}
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -24,6 +24,8 @@ HARMLESS = ("delays", "late decision", "sums", "maxima", "samples", "dropped sam
 DEADLY = ("kill", "terminate", "terminate by exit")
 STOPPING = ("mask of one rank", "stuck", "step count", "corrupt broadcast", "corrupt receipt")
 """Ranks stop with an error."""
+BY_OWN_ACCOUNT = ("mask of one rank", "step count")
+"""The victim is out of step with the others, and names one of them."""
 FAULTS = (*HARMLESS, *DEADLY, *STOPPING)
 
 

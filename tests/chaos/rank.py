@@ -113,8 +113,7 @@ def _train(plan: Plan, rank: int, write: Any) -> None:
         exact = all(torch.equal(one, other) for one, other in zip(gradients, reference, strict=True))
         write(step=step, epoch=engine.mask.epoch, digest=engine.mask.digest, exact=exact)
     write(decisions=engine.mask.epoch, storages=engine.mask.storages)
-    if plan.fault not in {"kill", "terminate", "terminate by exit"}:
-        engine.disable()
+    engine.disable()
 
 
 class _Steps:
