@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 Index = NDArray[np.int64]
 
-LEVEL_DRIFT, OFFSET_DRIFT, FACTOR_DRIFT = 0.3, 0.2, 0.1
+LEVEL_DRIFT, OFFSET_DRIFT, FACTOR_DRIFT = 0.3, 0.05, 0.1
 """Variance that a window adds to what is known of each part, relative to that of one probe."""
 FACTOR_VARIANCE = 4.0
 """Of the factors of a kind's blocks before any was probed, relative to that of one probe."""

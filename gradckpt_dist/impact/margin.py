@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-DEVIATIONS = 2.0
+DEVIATIONS = 3.0
 """A plan has to keep the tolerance if errors come out so many times further above the expected than they use to."""
 FIRST_SHARE = 0.25
 FIRST_VARIANCE = 10.0
