@@ -32,6 +32,17 @@ class Block(nn.Module):
         return x + self.dropout(self.down(functional.gelu(self.up(self.norm2(x)))))
 
 
+class Function(nn.Module):
+    """A block that calls a function."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any) -> Any:
+        return self.function(*args)
+
+
 class Transformer(nn.Module):
     """Embedding, ``depth`` blocks and a head."""
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self
+from typing import Any
 
-from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from gradckpt_dist.storage.base import Forward
 from gradckpt_dist.storage.choice import UnseenOperations
 from gradckpt_dist.storage.compiled import CompiledSelective
 from gradckpt_dist.storage.compress import CompressedCall
-from gradckpt_dist.storage.context import StorageContext
-from gradckpt_dist.storage.noise import NoiseSource
-from gradckpt_dist.storage.saved import Account
+from gradckpt_dist.storage.lossy import Lossy
 
 
-class CompiledSelective8(CompiledSelective):
+class CompiledSelective8(Lossy, CompiledSelective):
     """Quantised in 8 bits a value, as ``compress8`` does it, when the variant's forward is over.
 
     Raises:
@@ -25,29 +22,14 @@ class CompiledSelective8(CompiledSelective):
     """
 
     name = "selective8"
-    exact = False
-    bits: ClassVar[int] = 8
-
-    def __init__(self, block: nn.Module, noise: NoiseSource) -> None:
-        super().__init__(block)
-        self._noise = noise
-        self._account = Account()
-
-    @classmethod
-    def create(cls, block: nn.Module, context: StorageContext) -> Self:
-        return cls(block, context.noise)
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes held now for backward, compressed or not, each storage once, parameters excluded."""
-        return self._account.held_bytes
+    bits = 8
 
     def run(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
-        call = CompressedCall(self.name, self._account)
+        call = CompressedCall(self.name, self.account)
         self.ensure_verified(forward, args, kwargs)
         with call.hooks():
             result = super().run(forward, *args, **kwargs)
-        call.seal(UnseenOperations(self.block, tree_leaves((args, kwargs))), self.bits, self._noise)
+        call.seal(UnseenOperations(self.block, tree_leaves((args, kwargs))), self.bits, self.noise)
         return result
 
 

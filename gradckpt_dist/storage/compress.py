@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any, ClassVar, Self
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from gradckpt_dist.storage.base import Forward, Storage
+from gradckpt_dist.storage.base import Forward
 from gradckpt_dist.storage.choice import Choice, SeenOperations, UnseenOperations
 from gradckpt_dist.storage.compiled import is_compiled
-from gradckpt_dist.storage.context import StorageContext
 from gradckpt_dist.storage.deferred import DeferredCall, Place, derive
 from gradckpt_dist.storage.lineage import Lineage, Role
+from gradckpt_dist.storage.lossy import Lossy
 from gradckpt_dist.storage.noise import NoiseSource
 from gradckpt_dist.storage.quantiser import DTYPES
 from gradckpt_dist.storage.saved import Account
@@ -23,7 +23,7 @@ _STATISTIC_FRACTION = 1 / 32
 _ATTENTION_BITS = {8: 8, 6: 6, 4: 8}
 
 
-class Compress8(Storage):
+class Compress8(Lossy):
     """Quantises each saved activation once, when the block's forward is over, and restores it when backward asks.
 
     What a cheap operation (a norm, GELU, SiLU, a product, a cast, a copy) has made of tensors that are saved as well is
@@ -38,32 +38,17 @@ class Compress8(Storage):
     """
 
     name = "compress8"
-    exact = False
     reruns = False
-    bits: ClassVar[int] = 8
-
-    def __init__(self, block: nn.Module, noise: NoiseSource) -> None:
-        super().__init__(block)
-        self._noise = noise
-        self._account = Account()
-
-    @classmethod
-    def create(cls, block: nn.Module, context: StorageContext) -> Self:
-        return cls(block, context.noise)
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes held now for backward, compressed or not, each storage once, parameters excluded."""
-        return self._account.held_bytes
+    bits = 8
 
     def run(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
-        call = CompressedCall(self.name, self._account)
+        call = CompressedCall(self.name, self.account)
         inputs = tree_leaves((args, kwargs))
         lineage = None if is_compiled(self.block) else Lineage(self.block, inputs)
         with call.hooks(), lineage or nullcontext():
             result = forward(*args, **kwargs)
         choice = SeenOperations(lineage) if lineage is not None else UnseenOperations(self.block, inputs)
-        call.seal(choice, self.bits, self._noise)
+        call.seal(choice, self.bits, self.noise)
         return result
 
 

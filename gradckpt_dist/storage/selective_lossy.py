@@ -5,26 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradckpt_dist.storage.compress import CompressedCall
-from gradckpt_dist.storage.context import StorageContext
 from gradckpt_dist.storage.deferred import refuse_double_backward
 from gradckpt_dist.storage.ledger import is_parameter
 from gradckpt_dist.storage.lineage import Role
-from gradckpt_dist.storage.noise import NoiseSource
+from gradckpt_dist.storage.lossy import Lossy
 from gradckpt_dist.storage.operation_cache import Entry, Held, OperationCache, save
 from gradckpt_dist.storage.operations import Kind, Operation, inner_tensors, storage_key
 from gradckpt_dist.storage.recipe import Recipes
 from gradckpt_dist.storage.recompute import Passes
 from gradckpt_dist.storage.recorder import AllExpensive, Recorder, Selection
-from gradckpt_dist.storage.saved import Account
 from gradckpt_dist.storage.selective import Selective, SelectivePasses
 
 
-class Selective8(Selective):
+class Selective8(Lossy, Selective):
     """What ``selective`` holds, and the block's inputs that need a gradient, in 8 bits a value.
 
     Quantised when the block's forward is over. As they are stay outputs of communication and routing, statistics, what
@@ -35,22 +33,7 @@ class Selective8(Selective):
     """
 
     name = "selective8"
-    exact = False
-    bits: ClassVar[int] = 8
-
-    def __init__(self, block: nn.Module, noise: NoiseSource) -> None:
-        super().__init__(block)
-        self.noise = noise
-        self.account = Account()
-
-    @classmethod
-    def create(cls, block: nn.Module, context: StorageContext) -> Self:
-        return cls(block, context.noise)
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes held now, compressed or not, inputs included, each storage once."""
-        return self.account.held_bytes
+    bits = 8
 
     def _passes(self, inputs: tuple[Any, ...]) -> Passes:
         return _CompressedPasses(self, inputs)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
+from models import Function
 from text_model import Block
 from torch import Tensor, nn
 
@@ -107,14 +105,3 @@ def test_function_transforms_are_refused() -> None:
     storage = create_storage("derive", block)
     with pytest.raises(StorageError, match=r"'derive' cannot run under torch.func transforms.*use another storage"):
         torch.func.grad(lambda x: storage.run(block, x))(torch.randn(8))
-
-
-class Function(nn.Module):
-    """A block that calls a function."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Any) -> Any:
-        return self.function(*args)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import Function
 from text_model import Block
 from torch import Tensor, nn
 
@@ -23,17 +24,6 @@ from gradckpt_dist.storage.saved import SMALL_BYTES
 
 CPU = torch.device("cpu")
 KIB = 1024
-
-
-class Function(nn.Module):
-    """A block that calls a function."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Any) -> Any:
-        return self.function(*args)
 
 
 class BatchNormBlock(nn.Module):
