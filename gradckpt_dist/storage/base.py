@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 from torch import nn
 
 from gradckpt_dist.storage.context import StorageContext
+from gradckpt_dist.storage.saved import Account
 
 Forward = Callable[..., Any]
 
@@ -25,6 +26,9 @@ class Storage(ABC):
     """Whether the gradients are bitwise those of ``keep``."""
     reruns: ClassVar[bool]
     """Whether backward calls the block's forward again, in full or in part."""
+
+    account: Account | None = None
+    """Of one that counts what it holds by itself."""
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block

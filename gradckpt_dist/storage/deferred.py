@@ -94,9 +94,9 @@ class Place:
         if alive:
             return alive, False
         rest = self._rest
-        if isinstance(rest, Derivation):
-            return rest.make(), True
-        return dequantise(rest).untyped_storage(), True  # type: ignore[arg-type]
+        storage = rest.make() if isinstance(rest, Derivation) else dequantise(rest).untyped_storage()  # type: ignore[arg-type]
+        self._account.restored(storage)
+        return storage, True
 
     def _hold(self, rest: Quantised | Derivation) -> None:
         self._rest = rest

@@ -31,6 +31,7 @@ class Derive(Storage):
     name = "derive"
     exact = True
     reruns = False
+    account: Account
 
     def __init__(self, block: nn.Module) -> None:
         if is_compiled(block):
@@ -39,15 +40,15 @@ class Derive(Storage):
                 "use selective there, which has torch.compile's partitioner do the same"
             )
         super().__init__(block)
-        self._account = Account()
+        self.account = Account()
 
     @property
     def held_bytes(self) -> int:
         """Bytes held now for backward, each storage once, parameters excluded, copies of small ones included."""
-        return self._account.held_bytes
+        return self.account.held_bytes
 
     def run(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
-        call = DeferredCall(self.name, self._account, lossy=False)
+        call = DeferredCall(self.name, self.account, lossy=False)
         operations = _Operations()
         with call.hooks(), operations:
             result = forward(*args, **kwargs)

@@ -94,7 +94,9 @@ class Ledger:
         inputs = self._new_bytes(tree_leaves((args, kwargs)))
         self._storages[index] = storage
         before = self.live_bytes
-        inside = _Inside(self, restores=not storage.exact)
+        inside = _Inside(self)
+        if storage.account is not None:
+            storage.account.watch(self.note_working_set)
 
         def metered(*args: Any, **kwargs: Any) -> Any:
             with inside.counted():
@@ -129,7 +131,7 @@ class Ledger:
         return part_of(tensor).untyped_storage()._cdata in self._refs
 
     def note_working_set(self, extra_bytes: int) -> None:
-        """A recomputation has brought back ``extra_bytes`` on top of what is held."""
+        """Backward has ``extra_bytes`` of a block on top of what is held."""
         self._peak_bytes = max(self._peak_bytes, self.live_bytes + extra_bytes)
 
     def _new_bytes(self, leaves: Sequence[Any]) -> int:
@@ -198,12 +200,10 @@ class _Held:
 class _Inside:
     """What is saved inside one block's forward, whatever its storage then does with it."""
 
-    def __init__(self, ledger: Ledger, *, restores: bool) -> None:
+    def __init__(self, ledger: Ledger) -> None:
         self.first = True
         self.bytes = 0
         self._ledger = ledger
-        self._restores = restores
-        self._restored: dict[StorageWeakRef, int] = {}
 
     @contextmanager
     def counted(self) -> Iterator[None]:
@@ -225,8 +225,7 @@ class _Inside:
 
         def restore(packed: Any) -> torch.Tensor:
             tensor: torch.Tensor = unpack(packed[0])
-            # A storage may hold more now, or have made anew what nobody holds: what it has brought back.
-            self._ledger.note_working_set(self._restored_bytes(tensor) if self._restores else 0)
+            self._ledger.note_working_set(0)  # a storage may hold more now: what it has brought back
             return tensor
 
         try:
@@ -237,15 +236,6 @@ class _Inside:
                 self.bytes += sum(seen.values())
             else:
                 self._ledger.note_working_set(sum(seen.values()))
-
-    def _restored_bytes(self, tensor: torch.Tensor) -> int:
-        """Of the restored storages that are still alive, this one's included."""
-        alive = (item for item in self._restored.items() if not item[0].expired())  # type: ignore[no-untyped-call]
-        self._restored = dict(alive)
-        if _countable(tensor) and not self._ledger.holds(tensor):
-            storage = part_of(tensor).untyped_storage()
-            self._restored[StorageWeakRef(storage)] = storage.nbytes()  # type: ignore[no-untyped-call]
-        return sum(self._restored.values())
 
 
 class _PerForward:

@@ -17,6 +17,7 @@ class Lossy(Storage):
 
     exact = False
     bits: ClassVar[int]
+    account: Account
 
     def __init__(self, block: nn.Module, noise: NoiseSource) -> None:
         super().__init__(block)

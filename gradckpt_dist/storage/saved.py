@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from gradckpt_dist.storage.parts import is_distributed, part_of
 
@@ -20,6 +23,22 @@ class Account:
     def __init__(self) -> None:
         self.held_bytes = 0
         self.host_bytes = 0
+        self._restored: dict[StorageWeakRef, int] = {}
+        self._watch: WeakMethod[Callable[[int], None]] | None = None
+
+    def watch(self, note: Callable[[int], None]) -> None:
+        """While the object of the method ``note`` lives, tell it what all restored storages that are alive come to."""
+        self._watch = WeakMethod(note)
+
+    def restored(self, storage: torch.UntypedStorage) -> None:
+        """Backward has got this storage again, on top of what is held."""
+        note = None if self._watch is None else self._watch()
+        if note is None:
+            return
+        alive = (item for item in self._restored.items() if not item[0].expired())  # type: ignore[no-untyped-call]
+        self._restored = dict(alive)
+        self._restored[StorageWeakRef(storage)] = storage.nbytes()  # type: ignore[no-untyped-call]
+        note(sum(self._restored.values()))
 
 
 class Kept:

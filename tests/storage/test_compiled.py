@@ -80,6 +80,22 @@ def test_codes_of_the_selective_variant(name: str, share: float, most_error: flo
     assert storage.held_bytes == 0
 
 
+def test_what_backward_restores_is_a_working_set() -> None:
+    torch.manual_seed(0)
+    block = Block(64, 4, 0.0)
+    block.compile()
+    x = torch.randn(4, 128, 64, requires_grad=True)
+    storage, ledger = create_storage("selective8", block), Ledger(1)
+    storage.run(block, x).sum().backward()  # compiles
+    ledger.begin_forward()
+    output = ledger.run(0, storage, block, (x,), {})
+    ledger.end_forward()
+    output.sum().backward()
+    measured = ledger.measurement()
+    # All at once, four bytes for each that was held.
+    assert measured.peak_bytes > 4 * measured.held_bytes > 0
+
+
 def test_wrong_dropout_is_refused_with_the_reason() -> None:
     torch.manual_seed(0)
     block = Block(256, 4, 0.1)

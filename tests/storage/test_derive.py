@@ -72,6 +72,17 @@ def test_it_holds_what_selective_holds() -> None:
     assert derived <= 1.02 * selective < 0.64 * kept
 
 
+def test_what_backward_makes_is_a_working_set() -> None:
+    block, x, ledger = Function(lambda x: torch.nn.functional.gelu(x.sin()).square()), activations(), Ledger(1)
+    ledger.begin_forward()
+    output = ledger.run(0, create_storage("derive", block, StorageContext()), block, (x,), {})
+    ledger.end_forward()
+    output.sum().backward()
+    measured = ledger.measurement()
+    assert measured.held_bytes == 2 * x.nbytes  # x, and its sine
+    assert measured.peak_bytes == 3 * x.nbytes
+
+
 def test_nothing_is_left_after_backward() -> None:
     storage, output = run("derive", block_of(0.1), activations())
     assert storage.held_bytes > 0
