@@ -65,6 +65,25 @@ class Transformer(nn.Module):
         return self.head(self.norm(x))
 
 
+class Stage(nn.Module):
+    """Its share of the blocks, with the embedding before the first stage, and norm and head after the last."""
+
+    def __init__(self, model: Transformer, index: int, stages: int) -> None:
+        super().__init__()
+        blocks = list(model.blocks)
+        share = len(blocks) // stages
+        self.embedding = model.embedding if index == 0 else None
+        self.blocks = nn.ModuleList(blocks[index * share : (index + 1) * share])
+        self.head = nn.Sequential(model.norm, model.head) if index == stages - 1 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.embedding is not None:
+            x = self.embedding(x)
+        for block in self.blocks:
+            x = block(x)
+        return x if self.head is None else self.head(x)
+
+
 def transformer(plan: str | None, mesh: DeviceMesh | None = None, **options: Any) -> Transformer:
     """The same weights at every call, by ``plan`` over a mesh of one dimension; None leaves the model whole."""
     torch.manual_seed(7)

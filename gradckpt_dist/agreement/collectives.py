@@ -188,14 +188,14 @@ class GroupAgreement(Agreement):
         return decision
 
     def close(self) -> None:
-        if dist.is_initialized():
-            self._roll_call.leave(failed=False)
-        if self._group is not None and dist.is_initialized():
-            if self._sound:
-                self._spare_groups().append(self._group)
-            else:
-                dist.destroy_process_group(self._group)
-        self._group = None
+        group, self._group = self._group, None
+        if not dist.is_initialized():
+            return
+        self._roll_call.leave(failed=False)
+        if group is not None and self._sound:
+            self._spare_groups().append(group)
+        elif group is not None:
+            dist.destroy_process_group(group)
 
     def _own_group(self) -> ProcessGroup:
         if self._group is None and (spare := self._spare_groups()):
@@ -263,19 +263,16 @@ class GroupAgreement(Agreement):
             missing = [rank for rank in self._global_ranks if rank not in alive]
             if missing:
                 faulty, deed = self._roll_call.blame(missing)
-            else:
-                faulty = [self._roll_call.last_survivor()]
+                return AgreementError(f"ranks {faulty} {deed}: {cause}", rank=faulty[0], step=self._step)
+            last = self._roll_call.last_survivor()
         except RuntimeError as store_error:
             return AgreementError(
                 f"a collective failed ({cause}), and so did the store ({str(store_error).splitlines()[0]}); "
                 "the rank that hosts it is probably dead",
                 step=self._step,
             )
-        first = faulty[0]
-        if missing:
-            return AgreementError(f"ranks {faulty} {deed}: {cause}", rank=first, step=self._step)
-        reason = f"a collective failed on all ranks, last on rank {first}, which was probably late for it: {cause}"
-        return AgreementError(reason, rank=first, step=self._step)
+        reason = f"a collective failed on all ranks, last on rank {last}, which was probably late for it: {cause}"
+        return AgreementError(reason, rank=last, step=self._step)
 
 
 def create_agreement(domain: Domain | None, device: torch.device, timeout_seconds: float) -> Agreement:

@@ -40,7 +40,7 @@ BENCHES: dict[str, tuple[Bench, str]] = {
 }
 
 SHORTER: dict[str, tuple[str, Bench, str]] = {
-    "frontier": ("--coarse", bench_frontier_coarse, "fewer budgets, tolerances and rounds: in a good half an hour"),
+    "frontier": ("--coarse", bench_frontier_coarse, "fewer budgets, tolerances and rounds: in most of an hour"),
 }
 """Benches that take hours have an option between these and ``--quick``."""
 

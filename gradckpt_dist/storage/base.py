@@ -27,11 +27,10 @@ class Storage(ABC):
     reruns: ClassVar[bool]
     """Whether backward calls the block's forward again, in full or in part."""
 
-    account: Account | None = None
-    """Of one that counts what it holds by itself."""
-
     def __init__(self, block: nn.Module) -> None:
         self.block = block
+        self.account = Account()
+        """Counts what this storage holds by itself."""
         self.recomputes = 0
         """Times that the block's forward was run again in full in a backward pass."""
 
@@ -42,8 +41,11 @@ class Storage(ABC):
 
     @property
     def held_bytes(self) -> int:
-        """Bytes that this storage holds now by itself, outside of the tensors that autograd saves."""
-        return 0
+        """Bytes on the device that this storage holds now by itself, outside of the tensors that autograd saves.
+
+        Each storage counts once, compressed or not; parameters do not, but for copies of small ones.
+        """
+        return self.account.held_bytes
 
     @abstractmethod
     def run(self, forward: Forward, /, *args: Any, **kwargs: Any) -> Any:

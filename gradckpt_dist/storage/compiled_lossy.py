@@ -28,7 +28,7 @@ class CompiledSelective8(Lossy, CompiledSelective):
         call = CompressedCall(self.name, self.account)
         self.ensure_verified(forward, args, kwargs)
         with call.hooks():
-            result = super().run(forward, *args, **kwargs)
+            result = self.call_variant(*args, **kwargs)
         call.seal(UnseenOperations(self.block, tree_leaves((args, kwargs))), self.bits, self.noise)
         return result
 

@@ -11,15 +11,13 @@ from torch.utils._pytree import tree_leaves
 from gradckpt_dist.storage.base import Forward
 from gradckpt_dist.storage.choice import Choice, SeenOperations, UnseenOperations
 from gradckpt_dist.storage.compiled import is_compiled
-from gradckpt_dist.storage.deferred import DeferredCall, Place, derive
+from gradckpt_dist.storage.deferred import DeferredCall, Place, derive, least_activation_bytes
 from gradckpt_dist.storage.lineage import Lineage, Role
 from gradckpt_dist.storage.lossy import Lossy
 from gradckpt_dist.storage.noise import NoiseSource
 from gradckpt_dist.storage.quantiser import DTYPES
 from gradckpt_dist.storage.saved import Account
 
-_STATISTIC_FRACTION = 1 / 32
-"""A storage this much smaller than the largest one that was saved holds a statistic, and its bytes do not matter."""
 _ATTENTION_BITS = {8: 8, 6: 6, 4: 8}
 
 
@@ -98,11 +96,11 @@ class CompressedCall(DeferredCall):
 def _roles(places: list[Place], choice: Choice) -> dict[Place, Role]:
     """Of those that may be compressed; no sample outlives the call."""
     samples = [place.sample for place in places if place.sample is not None]
-    largest_bytes = max((sample.untyped_storage().nbytes() for sample in samples), default=0)
+    least_bytes = least_activation_bytes(places)
     found = {}
     for place in places:
         sample = place.sample
-        if sample is None or place.as_is or not _is_compressible(sample, largest_bytes):
+        if sample is None or place.as_is or not _is_compressible(sample, least_bytes):
             continue
         role = choice.role(sample, samples)
         if role is not None:
@@ -110,10 +108,6 @@ def _roles(places: list[Place], choice: Choice) -> dict[Place, Role]:
     return found
 
 
-def _is_compressible(tensor: Tensor, largest_bytes: int) -> bool:
+def _is_compressible(tensor: Tensor, least_bytes: float) -> bool:
     size_bytes = tensor.untyped_storage().nbytes()
-    return (
-        tensor.dtype in DTYPES
-        and size_bytes % tensor.itemsize == 0
-        and size_bytes >= largest_bytes * _STATISTIC_FRACTION
-    )
+    return tensor.dtype in DTYPES and size_bytes % tensor.itemsize == 0 and size_bytes >= least_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from gradckpt_dist.storage.saved import (
     is_plain,
     without_memory,
 )
+
+_STATISTIC_FRACTION = 1 / 32
 
 
 class Place:
@@ -190,6 +193,11 @@ class DeferredCall:
         place = Place(tensor, check, self._account)
         self._places[key] = (StorageWeakRef(storage), weakref.ref(place))  # type: ignore[no-untyped-call]
         return place
+
+
+def least_activation_bytes(places: Iterable[Place]) -> float:
+    """What is smaller, so much smaller than the largest of them, holds a statistic: its bytes do not matter."""
+    return max((place.sample_bytes for place in places), default=0) * _STATISTIC_FRACTION
 
 
 def derive(key: Key, place: Place, alive: dict[Key, Place], recipes: Recipes | None) -> bool:

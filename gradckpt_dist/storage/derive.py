@@ -5,17 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradckpt_dist.errors import StorageError
 from gradckpt_dist.storage.base import Forward, Storage
 from gradckpt_dist.storage.compiled import is_compiled
-from gradckpt_dist.storage.deferred import DeferredCall, derive
-from gradckpt_dist.storage.recipe import Recipes
-from gradckpt_dist.storage.saved import Account
-
-_LEAST_FRACTION = 1 / 32
-"""Of the largest storage that was saved: what is smaller is not worth an operation."""
+from gradckpt_dist.storage.deferred import DeferredCall, derive, least_activation_bytes
+from gradckpt_dist.storage.recipe import CheapOperations
 
 
 class Derive(Storage):
@@ -31,7 +26,6 @@ class Derive(Storage):
     name = "derive"
     exact = True
     reruns = False
-    account: Account
 
     def __init__(self, block: nn.Module) -> None:
         if is_compiled(block):
@@ -40,42 +34,15 @@ class Derive(Storage):
                 "use selective there, which has torch.compile's partitioner do the same"
             )
         super().__init__(block)
-        self.account = Account()
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes held now for backward, each storage once, parameters excluded, copies of small ones included."""
-        return self.account.held_bytes
 
     def run(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         call = DeferredCall(self.name, self.account, lossy=False)
-        operations = _Operations()
+        operations = CheapOperations()
         with call.hooks(), operations:
             result = forward(*args, **kwargs)
         places = call.end()
-        least_bytes = max((place.sample_bytes for place in places.values()), default=0) * _LEAST_FRACTION
+        least_bytes = least_activation_bytes(places.values())
         for key, place in places.items():
             if not place.as_is and place.sample_bytes >= least_bytes:
                 derive(key, place, places, operations.recipes)
-        return result
-
-
-class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Entered around a block's forward: notes its cheap operations."""
-
-    supports_higher_order_operators = True
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.recipes = Recipes()
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Compiled functions inside the block stay compiled."""
-        return True
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        self.recipes.note(func, args, kwargs, result)
         return result

@@ -95,8 +95,7 @@ class Ledger:
         self._storages[index] = storage
         before = self.live_bytes
         inside = _Inside(self)
-        if storage.account is not None:
-            storage.account.watch(self.note_working_set)
+        storage.account.watch(self.note_working_set)
 
         def metered(*args: Any, **kwargs: Any) -> Any:
             with inside.counted():

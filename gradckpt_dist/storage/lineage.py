@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradckpt_dist.storage.ledger import is_parameter
 from gradckpt_dist.storage.parts import part_of
-from gradckpt_dist.storage.recipe import Recipes
+from gradckpt_dist.storage.recipe import CheapOperations
 
 
 class Role(Enum):
@@ -30,30 +29,22 @@ class Role(Enum):
     """Masks, indices, tables, statistics."""
 
 
-class Lineage(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Lineage(CheapOperations):  # type: ignore[no-untyped-call]
     """Entered around a block's forward; afterwards says what the storages made or given there are.
 
     A storage that no operation in there has made is unknown, and so no activation: a weight that the cache of autocast
     has kept from another block, a table that is an attribute of a module.
     """
 
-    supports_higher_order_operators = True
-
     def __init__(self, block: nn.Module, inputs: Iterable[Any]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._roles: dict[int, Role] = {}
-        self.recipes = Recipes()
         for leaf in inputs:
             if _has_storage(leaf):
                 self._roles[_key(leaf)] = Role.ACTIVATION if leaf.requires_grad else Role.OTHER
         for weight in (*block.parameters(), *block.buffers()):
             if _has_storage(weight):
                 self._roles[_key(weight)] = Role.WEIGHT
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Compiled functions inside the block stay compiled."""
-        return True
 
     def role(self, tensor: Tensor) -> Role | None:
         """Of the storage of ``tensor``; None where it is unknown."""

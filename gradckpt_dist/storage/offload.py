@@ -44,24 +44,18 @@ class Offload(Storage):
     def __init__(self, block: nn.Module, lane: OffloadLane) -> None:
         super().__init__(block)
         self._lane = lane
-        self._account = Account()
 
     @classmethod
     def create(cls, block: nn.Module, context: StorageContext) -> Self:
         return cls(block, context.lane)
 
     @property
-    def held_bytes(self) -> int:
-        """Bytes on the device now: what was passed through, and what has been fetched."""
-        return self._account.held_bytes
-
-    @property
     def host_bytes(self) -> int:
         """Bytes of the host buffers that this block uses now."""
-        return self._account.host_bytes
+        return self.account.host_bytes
 
     def run(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
-        call = _Call(self._lane, self._account, self.block, _device_of(self.block, args, kwargs))
+        call = _Call(self._lane, self.account, self.block, _device_of(self.block, args, kwargs))
         try:
             with saved_tensors_hooks(call.pack, _unpack):
                 return forward(*args, **kwargs)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradckpt_dist.errors import StorageError
 from gradckpt_dist.storage.ledger import is_parameter
@@ -151,6 +152,27 @@ class Recipes:
         if not sources or size_bytes >= recipe.storage_bytes:
             return None
         return Derivation(recipe, sources, size_bytes)
+
+
+class CheapOperations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Entered around a block's forward: notes the recipes of what is cheap in there."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.recipes = Recipes()
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled functions inside the block stay compiled."""
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        self.recipes.note(func, args, kwargs, result)
+        return result
 
 
 class Derivation:

@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 from gradckpt_dist.storage.base import Forward, Storage
 from gradckpt_dist.storage.buffers import BufferGuard
 from gradckpt_dist.storage.context import StorageContext
-from gradckpt_dist.storage.saved import Account
 
 
 class Passes(Protocol):
@@ -39,16 +38,10 @@ class Recompute(Storage):
         super().__init__(block)
         self._buffers = BufferGuard(block)
         self._context = context
-        self._account = Account()
 
     @classmethod
     def create(cls, block: nn.Module, context: StorageContext) -> Self:
         return cls(block, context)
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes on the device of the inputs that ``StorageContext.kept_inputs`` has taken."""
-        return self._account.held_bytes
 
     def run(self, forward: Forward, /, *args: Any, **kwargs: Any) -> Any:
         # Keyword values travel as positions: checkpoint then holds tensors among them as saved tensors, finds their
@@ -78,7 +71,7 @@ class Recompute(Storage):
     def _passes(self, inputs: tuple[Any, ...]) -> Passes:
         """What surrounds the passes of a call with these inputs, made anew for each call."""
         kept_inputs = None if self._context is None else self._context.kept_inputs
-        return _InFull(self, nullcontext() if kept_inputs is None else kept_inputs.around(self._account))
+        return _InFull(self, nullcontext() if kept_inputs is None else kept_inputs.around(self.account))
 
 
 class _InFull:

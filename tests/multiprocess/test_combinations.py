@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from frameworks import assert_bitwise, local
-from meshes import Transformer, batches, loss_of, replica_of, train, transformer
+from meshes import Stage, Transformer, batches, loss_of, replica_of, train, transformer
 from support import run_distributed_test
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -25,23 +25,6 @@ CPU = torch.device("cpu")
 EXACT = {"storages": ["keep", "recompute", "selective"], "interval": 1000}
 MOVING = {"storages": ["keep", "recompute"], "interval": 4, "warmup_steps": 0, "memory_budget": 0.5}
 MOVING_STEPS = 20
-
-
-class Stage(nn.Module):
-    """Its share of the blocks, with the embedding before the first stage, and norm and head after the last."""
-
-    def __init__(self, model: Transformer, index: int, stages: int) -> None:
-        super().__init__()
-        self.embedding = model.embedding if index == 0 else None
-        self.blocks = nn.ModuleList(list(model.blocks)[index * BLOCKS_A_STAGE : (index + 1) * BLOCKS_A_STAGE])
-        self.head = nn.Sequential(model.norm, model.head) if index == stages - 1 else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.embedding is not None:
-            x = self.embedding(x)
-        for block in self.blocks:
-            x = block(x)
-        return x if self.head is None else self.head(x)
 
 
 class Pipeline:

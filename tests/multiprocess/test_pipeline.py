@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from frameworks import assert_bitwise
-from meshes import Transformer, batches, loss_of
+from meshes import Stage, Transformer, batches, loss_of
 from support import run_distributed_test
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
 import gradckpt_dist
@@ -27,29 +27,12 @@ IN_FLIGHT = {"GPipe": (4, 4), "1F1B": (2, 1)}
 """By stage, the micro-batches whose backward is outstanding at the most."""
 
 
-class Stage(nn.Module):
-    """Half of the blocks, with the embedding before the first and norm and head after the last."""
-
-    def __init__(self, model: Transformer, index: int) -> None:
-        super().__init__()
-        self.embedding = model.embedding if index == 0 else None
-        self.blocks = nn.ModuleList(list(model.blocks)[index * DEPTH // 2 : (index + 1) * DEPTH // 2])
-        self.head = nn.Sequential(model.norm, model.head) if index == 1 else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.embedding is not None:
-            x = self.embedding(x)
-        for block in self.blocks:
-            x = block(x)
-        return x if self.head is None else self.head(x)
-
-
 class Pipeline:
     """This rank's stage, and how it trains."""
 
     def __init__(self, schedule: str) -> None:
         torch.manual_seed(7)
-        self.stage = Stage(Transformer(dropout=0.1, depth=DEPTH), dist.get_rank())
+        self.stage = Stage(Transformer(dropout=0.1, depth=DEPTH), dist.get_rank(), 2)
         pipeline_stage = PipelineStage(self.stage, dist.get_rank(), 2, torch.device("cpu"))
         self.schedule = SCHEDULES[schedule](pipeline_stage, MICRO_BATCHES, loss_fn=loss_of)
 
