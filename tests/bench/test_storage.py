@@ -47,7 +47,7 @@ def test_quick_run_prints_one_object(tmp_path: Path) -> None:
     assert {(row["dtype"], row["bits"], row["direction"]) for row in result["quantiser"]} == {
         (dtype, bits, direction)
         for dtype in ("fp32", "bf16", "fp16")
-        for bits in (8, 4)
+        for bits in (8, 6, 4)
         for direction in ("quantise", "dequantise")
     }
     for row in result["quantiser"]:
