@@ -108,8 +108,12 @@ class Costs:
         return _whole_bytes(self.of(index, storage).held_bytes, self.forward_tokens[index])
 
     def working_set_bytes(self, index: int, storage: str) -> int:
-        """On top of what is held, while one call of the block is in backward; 0 while not measured."""
-        return _whole_bytes(self.of(index, storage).working_set_bytes, self.call_tokens[index])
+        """On top of what is held, and of what ``keep`` has on top of that, in one call's forward or backward.
+
+        What ``keep`` has, gradients on their way, is part of what a rank holds besides. 0 while not measured.
+        """
+        most, least = (self.of(index, name).working_set_bytes or 0.0 for name in (storage, "keep"))
+        return _whole_bytes(most - least, self.call_tokens[index])
 
     def table(
         self,
@@ -165,7 +169,7 @@ class Costs:
     def probe_bytes(self, index: int) -> int | None:
         """Activations that a probe of this block holds at once; its parameters' gradients come twice on top."""
         held = [
-            math.ceil(cost.held_bytes * self.call_tokens[index]) + self.working_set_bytes(index, name)
+            _whole_bytes(cost.held_bytes + (cost.working_set_bytes or 0.0), self.call_tokens[index])
             for name in self.storages
             if (cost := self.of(index, name)).held_bytes is not None
         ]

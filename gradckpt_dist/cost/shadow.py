@@ -7,18 +7,20 @@ import enum
 import random
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from gradckpt_dist.cost.allocations import Allocations
 from gradckpt_dist.cost.clock import DeviceClock, Mark
 from gradckpt_dist.cost.trap import Gradients
 from gradckpt_dist.storage import Forward, Storage
 from gradckpt_dist.storage.buffers import BufferGuard
 from gradckpt_dist.storage.ledger import Ledger, Measurement, is_parameter
+from gradckpt_dist.storage.parts import part_of
 
 _PLAIN = (torch.Tensor, bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
 
@@ -32,6 +34,7 @@ class ShadowRun:
     parameter_gradients: tuple[torch.Tensor | None, ...]
     input_gradients: tuple[torch.Tensor | None, ...]
     measurement: Measurement | None
+    """Its ``peak_bytes`` is the most that forward and backward have allocated at once, where that can be told."""
 
     @property
     def span(self) -> tuple[Mark, Mark]:
@@ -61,6 +64,7 @@ class ShadowCall:
         self._buffers = BufferGuard(block)
         self._snapshot = self._buffers.snapshot()
         self.tokens = count_tokens(self._inputs)
+        self._device = _device_of(self._inputs)
 
     @staticmethod
     def possible(args: Any, kwargs: Any) -> bool:
@@ -98,25 +102,31 @@ class ShadowCall:
         return outside
 
     def run(self, storage: Storage, upstream: Gradients, clock: DeviceClock, ledger: Ledger | None = None) -> ShadowRun:
-        """Forward under ``storage``, backward from ``upstream``, the gradients at the outputs; bytes by ``ledger``."""
+        """Forward under ``storage``, backward from ``upstream``, the gradients at the outputs.
+
+        With a ``ledger``, bytes are counted, and the gradients of parameters are let go at once, as in training.
+        """
         parameters = parameters_of(self._block)
         inputs = [tensor for tensor in self._inputs if tensor.requires_grad]
+        forward, backward = (Allocations(self._device, enabled=ledger is not None) for _ in range(2))
         with self._restored(), _hooks_withheld(parameters), torch.enable_grad():
             start = clock.mark()
-            outputs = output_tensors(self._call(storage, ledger))
+            with forward:
+                outputs = output_tensors(self._call(storage, ledger))
             between = clock.mark()
-            gradients = torch.autograd.grad(
-                [outputs[position] for position in upstream],
-                [*inputs, *parameters],
-                list(upstream.values()),
-                allow_unused=True,
-            )
+            with backward, _let_go([] if ledger is None else parameters):
+                gradients = torch.autograd.grad(
+                    [outputs[position] for position in upstream],
+                    [*inputs, *parameters],
+                    list(upstream.values()),
+                    allow_unused=True,
+                )
             end = clock.mark()
         return ShadowRun(
             marks=(start, between, end),
             input_gradients=gradients[: len(inputs)],
             parameter_gradients=gradients[len(inputs) :],
-            measurement=ledger.measurement() if ledger is not None else None,
+            measurement=None if ledger is None else _measurement(ledger, forward, backward, outputs),
         )
 
     def _call(self, storage: Storage, ledger: Ledger | None) -> Any:
@@ -195,6 +205,43 @@ def _hooks_withheld(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
     finally:
         for hooks, content in kept:
             hooks.update(content)
+
+
+@contextlib.contextmanager
+def _let_go(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Have the gradients of these replaced by zeros without memory of their own."""
+    handles = [tensor.register_hook(_nothing) for tensor in parameters]  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _nothing(grad: torch.Tensor) -> torch.Tensor | None:
+    return grad.new_zeros(()).expand_as(grad) if type(grad) is torch.Tensor else None
+
+
+def _measurement(
+    ledger: Ledger, forward: Allocations, backward: Allocations, outputs: Sequence[torch.Tensor]
+) -> Measurement:
+    """What the ledger counted; its peak is the allocator's where that was recorded.
+
+    Before forward the inputs are there, before backward what is held and gradients as large as the outputs.
+    """
+    measured = ledger.measurement()
+    if forward.peak_bytes is None or backward.peak_bytes is None:
+        return measured
+    upstream = sum({part.data_ptr(): part.nbytes for part in map(part_of, outputs)}.values())
+    peaks = (
+        measured.recompute_bytes[0] + forward.peak_bytes,
+        measured.stored_bytes[0] + upstream + backward.peak_bytes,
+    )
+    return replace(measured, peak_bytes=max(*peaks))
+
+
+def _device_of(tensors: Sequence[torch.Tensor]) -> torch.device:
+    return next((tensor.device for tensor in tensors if tensor.is_floating_point()), torch.device("cpu"))
 
 
 def _accelerators(tensors: Sequence[torch.Tensor]) -> list[torch.device]:

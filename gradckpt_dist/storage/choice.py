@@ -19,6 +19,10 @@ _ATTENTION_DIMENSIONS = 4
 class Choice(Protocol):
     """Made anew for each forward, and asked when it is over."""
 
+    @property
+    def early(self) -> bool:
+        """Whether it may be asked before, too, about what nothing in the forward has any more."""
+
     def role(self, tensor: Tensor, saved: Sequence[Tensor]) -> Role | None:
         """ACTIVATION or ATTENDED, one of the tensors that were ``saved``; None for what has to stay as it is."""
 
@@ -32,6 +36,10 @@ class SeenOperations:
 
     def __init__(self, lineage: Lineage) -> None:
         self._lineage = lineage
+
+    @property
+    def early(self) -> bool:
+        return True
 
     def role(self, tensor: Tensor, saved: Sequence[Tensor]) -> Role | None:
         role = self._lineage.role(tensor)
@@ -59,6 +67,10 @@ class UnseenOperations:
             for parameter in block.parameters()
             for shape in (tuple(parameter.shape), tuple(reversed(parameter.shape)))
         }
+
+    @property
+    def early(self) -> bool:
+        return False
 
     def role(self, tensor: Tensor, saved: Sequence[Tensor]) -> Role | None:
         if tensor.untyped_storage()._cdata in self._excluded or is_parameter(tensor) or self._is_cast(tensor):

@@ -25,11 +25,11 @@ class CompiledSelective8(Lossy, CompiledSelective):
     bits = 8
 
     def run(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
-        call = CompressedCall(self.name, self.account)
+        call = CompressedCall(self, UnseenOperations(self.block, tree_leaves((args, kwargs))))
         self.ensure_verified(forward, args, kwargs)
         with call.hooks():
             result = self.call_variant(*args, **kwargs)
-        call.seal(UnseenOperations(self.block, tree_leaves((args, kwargs))), self.bits, self.noise)
+        call.seal()
         return result
 
 

@@ -11,12 +11,11 @@ from torch.utils._pytree import tree_leaves
 from gradckpt_dist.storage.base import Forward
 from gradckpt_dist.storage.choice import Choice, SeenOperations, UnseenOperations
 from gradckpt_dist.storage.compiled import is_compiled
-from gradckpt_dist.storage.deferred import DeferredCall, Place, derive, least_activation_bytes
+from gradckpt_dist.storage.deferred import STATISTIC_FRACTION, DeferredCall, Place, derive
 from gradckpt_dist.storage.lineage import Lineage, Role
 from gradckpt_dist.storage.lossy import Lossy
-from gradckpt_dist.storage.noise import NoiseSource
-from gradckpt_dist.storage.quantiser import DTYPES
-from gradckpt_dist.storage.saved import Account
+from gradckpt_dist.storage.quantiser import DTYPES, plain_torch
+from gradckpt_dist.storage.recipe import Key
 
 _ATTENTION_BITS = {8: 8, 6: 6, 4: 8}
 
@@ -40,13 +39,13 @@ class Compress8(Lossy):
     bits = 8
 
     def run(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
-        call = CompressedCall(self.name, self.account)
         inputs = tree_leaves((args, kwargs))
         lineage = None if is_compiled(self.block) else Lineage(self.block, inputs)
+        choice = SeenOperations(lineage) if lineage is not None else UnseenOperations(self.block, inputs)
+        call = CompressedCall(self, choice)
         with call.hooks(), lineage or nullcontext():
             result = forward(*args, **kwargs)
-        choice = SeenOperations(lineage) if lineage is not None else UnseenOperations(self.block, inputs)
-        call.seal(choice, self.bits, self.noise)
+        call.seal()
         return result
 
 
@@ -69,43 +68,60 @@ class Compress4(Compress8):
 
 
 class CompressedCall(DeferredCall):
-    """One forward of one block.
+    """One forward of one block under ``storage``, which holds what ``choice`` says as codes or as what makes it.
 
     Raises:
         StorageError: inside a torch.func transform.
     """
 
-    def __init__(self, name: str, account: Account) -> None:
-        super().__init__(name, account, lossy=True)
+    def __init__(self, storage: Lossy, choice: Choice) -> None:
+        super().__init__(storage.name, storage.account, lossy=True)
+        self._choice = choice
+        self._bits = storage.bits
+        self._noise = storage.noise
+        self._largest_bytes = 0
 
-    def seal(self, choice: Choice, bits: int, noise: NoiseSource) -> None:
-        """End of the forward: of what is still saved, hold what ``choice`` says as codes or as what makes it."""
+    def seal(self) -> None:
+        """End of the forward: no tensor that is still saved stays as it is if it may be held otherwise."""
         alive = self.end()
-        roles = _roles(list(alive.values()), choice)
+        self._hold(alive, list(alive.items()))
+
+    def before_saving(self) -> None:
+        """What the forward is done with need not wait for its end: its peak would be that of ``keep``."""
+        if not self._choice.early:
+            return
+        saved = self.saved()
+        idle = [item for item in saved.items() if item[1].idle]
+        if idle:
+            with plain_torch():
+                self._hold(saved, idle)
+
+    def _hold(self, saved: dict[Key, Place], settled: list[tuple[Key, Place]]) -> None:
+        """Of the places that are ``saved``, hold those that are ``settled``."""
+        roles = self._roles([place for _, place in settled], list(saved.values()))
         # What is made of others goes first: codes are the more memory while their originals are there.
         coded = {
             place: role
-            for key, place in alive.items()
+            for key, place in settled
             if (role := roles.get(place)) is not None
-            and (role is Role.ATTENDED or not derive(key, place, alive, choice.recipes))
+            and (role is Role.ATTENDED or not derive(key, place, saved, self._choice.recipes))
         }
         for place, role in coded.items():
-            place.compress(_ATTENTION_BITS[bits] if role is Role.ATTENDED else bits, noise)
+            place.compress(_ATTENTION_BITS[self._bits] if role is Role.ATTENDED else self._bits, self._noise)
 
-
-def _roles(places: list[Place], choice: Choice) -> dict[Place, Role]:
-    """Of those that may be compressed; no sample outlives the call."""
-    samples = [place.sample for place in places if place.sample is not None]
-    least_bytes = least_activation_bytes(places)
-    found = {}
-    for place in places:
-        sample = place.sample
-        if sample is None or place.as_is or not _is_compressible(sample, least_bytes):
-            continue
-        role = choice.role(sample, samples)
-        if role is not None:
-            found[place] = role
-    return found
+    def _roles(self, places: list[Place], saved: list[Place]) -> dict[Place, Role]:
+        """Of those that may be compressed; no sample outlives the call."""
+        samples = [place.sample for place in saved if place.sample is not None]
+        self._largest_bytes = max(self._largest_bytes, *(place.sample_bytes for place in saved), 0)
+        found = {}
+        for place in places:
+            sample = place.sample
+            if sample is None or place.as_is or not _is_compressible(sample, self._largest_bytes * STATISTIC_FRACTION):
+                continue
+            role = self._choice.role(sample, samples)
+            if role is not None:
+                found[place] = role
+        return found
 
 
 def _is_compressible(tensor: Tensor, least_bytes: float) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ from gradckpt_dist.storage.saved import (
     without_memory,
 )
 
-_STATISTIC_FRACTION = 1 / 32
+STATISTIC_FRACTION = 1 / 32
+"""What is smaller, so much smaller than the largest that a block saves, holds a statistic: its bytes do not matter."""
 
 
 class Place:
@@ -53,6 +54,11 @@ class Place:
     def changed(self) -> bool:
         """Whether its storage was written to since it was saved."""
         return self._check.changed
+
+    @property
+    def idle(self) -> bool:
+        """Whether the sample is all that is left of its storage outside of autograd: nothing will read or write it."""
+        return self.sample is not None and _uses(self.sample) <= _least_uses()
 
     @property
     def sample_bytes(self) -> int:
@@ -156,7 +162,11 @@ class DeferredCall:
         """What is saved under these waits here for ``end``."""
         return saved_tensors_hooks(self._pack, _unpack)
 
+    def before_saving(self) -> None:
+        """Something is about to be saved."""
+
     def _pack(self, tensor: Tensor) -> _Saved:
+        self.before_saving()
         if type(tensor) is not Tensor:
             return self._held(tensor)
         with _DisableTorchDispatch():  # nothing of ours is one of the block's operations
@@ -178,9 +188,13 @@ class DeferredCall:
             place.as_is = True
         return _Saved(self._lossy, part, check, place, witness)
 
+    def saved(self) -> dict[Key, Place]:
+        """What is saved now, by storage."""
+        return {key: place for key, (_, reference) in self._places.items() if (place := reference()) is not None}
+
     def end(self) -> dict[Key, Place]:
         """The forward is over: what is still saved, by storage."""
-        alive = {key: place for key, (_, reference) in self._places.items() if (place := reference()) is not None}
+        alive = self.saved()
         self._places.clear()
         return alive
 
@@ -193,11 +207,6 @@ class DeferredCall:
         place = Place(tensor, check, self._account)
         self._places[key] = (StorageWeakRef(storage), weakref.ref(place))  # type: ignore[no-untyped-call]
         return place
-
-
-def least_activation_bytes(places: Iterable[Place]) -> float:
-    """What is smaller, so much smaller than the largest of them, holds a statistic: its bytes do not matter."""
-    return max((place.sample_bytes for place in places), default=0) * _STATISTIC_FRACTION
 
 
 def derive(key: Key, place: Place, alive: dict[Key, Place], recipes: Recipes | None) -> bool:
@@ -227,6 +236,16 @@ def refuse_double_backward(name: str) -> None:
             f"{name!r} holds what it saved only approximately, so that gradients of gradients (create_graph=True) "
             "through its block would be wrong; use an exact storage for it: keep, recompute, selective or offload"
         )
+
+
+def _uses(tensor: Tensor) -> int:
+    """References to its storage: those of tensors, and of the Python object that stands for the storage."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+@cache
+def _least_uses() -> int:
+    return _uses(torch.empty(1))
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -61,9 +61,9 @@ class _CompressedPasses(SelectivePasses):
 
     def __init__(self, storage: Selective8, inputs: tuple[Any, ...]) -> None:
         super().__init__(storage, AllExpensive())
-        self._lossy = storage
-        self._call = CompressedCall(storage.name, storage.account)
+        self._name = storage.name
         self._roles = _Roles()
+        self._call = CompressedCall(storage, self._roles)
         for tensor in inner_tensors(inputs):
             self._roles.add(tensor, Role.ACTIVATION if tensor.requires_grad else None)
 
@@ -72,11 +72,11 @@ class _CompressedPasses(SelectivePasses):
         with self._call.hooks():
             yield
             self._cache.seal(self._save)
-        self._call.seal(self._roles, self._lossy.bits, self._lossy.noise)
+        self._call.seal()
 
     @contextmanager
     def first(self) -> Iterator[None]:
-        refuse = partial(refuse_double_backward, self._lossy.name)
+        refuse = partial(refuse_double_backward, self._name)
         with self._cache.counting(asked=refuse), _RoleRecorder(self._cache, self._selection):
             yield
 
@@ -96,6 +96,10 @@ class _Roles:
         key = storage_key(tensor)
         if role is None or key not in self._roles:
             self._roles[key] = role
+
+    @property
+    def early(self) -> bool:
+        return False
 
     def role(self, tensor: Tensor, saved: Sequence[Tensor]) -> Role | None:
         return self._roles.get(storage_key(tensor))
