@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import accumulate
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch._C import _autograd
@@ -28,10 +28,11 @@ class Allocations:
         self._enabled = enabled and hasattr(_autograd, "_enable_profiler_legacy")
         self._recording = False
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         if self._enabled and not _autograd._profiler_enabled():
             _autograd._enable_profiler_legacy(_config())
             self._recording = True
+        return self
 
     def __exit__(self, *exception: Any) -> None:
         if self._recording:

@@ -126,7 +126,7 @@ class ShadowCall:
             marks=(start, between, end),
             input_gradients=gradients[: len(inputs)],
             parameter_gradients=gradients[len(inputs) :],
-            measurement=None if ledger is None else _measurement(ledger, forward, backward, outputs),
+            measurement=None if ledger is None else _measurement(storage, ledger, forward, backward, outputs),
         )
 
     def _call(self, storage: Storage, ledger: Ledger | None) -> Any:
@@ -223,19 +223,21 @@ def _nothing(grad: torch.Tensor) -> torch.Tensor | None:
 
 
 def _measurement(
-    ledger: Ledger, forward: Allocations, backward: Allocations, outputs: Sequence[torch.Tensor]
+    storage: Storage, ledger: Ledger, forward: Allocations, backward: Allocations, outputs: Sequence[torch.Tensor]
 ) -> Measurement:
     """What the ledger counted; its peak is the allocator's where that was recorded.
 
-    Before forward the inputs are there, before backward what is held and gradients as large as the outputs.
+    Before forward the inputs are there; before backward what is held, gradients as large as the outputs, and perhaps
+    what is fetched ahead for a block of the same kind.
     """
     measured = ledger.measurement()
     if forward.peak_bytes is None or backward.peak_bytes is None:
         return measured
     upstream = sum({part.data_ptr(): part.nbytes for part in map(part_of, outputs)}.values())
+    ahead = measured.keep_bytes[0] if storage.fetches_ahead else 0
     peaks = (
         measured.recompute_bytes[0] + forward.peak_bytes,
-        measured.stored_bytes[0] + upstream + backward.peak_bytes,
+        measured.stored_bytes[0] + ahead + upstream + backward.peak_bytes,
     )
     return replace(measured, peak_bytes=max(*peaks))
 

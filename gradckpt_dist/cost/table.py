@@ -24,7 +24,7 @@ class CostTable:
     """Costs by block, in forward order, and storage; each array is [blocks, storages].
 
     ``extra_seconds`` is against ``keep``, per step; infinite where a storage does not serve a block. ``held_bytes`` are
-    held from a block's forward to its backward, ``working_set_bytes`` come on top while it is in backward.
+    held from a block's forward to its backward, ``working_set_bytes`` come on top while it is in forward or backward.
     ``squared_error`` is the squared relative error of the whole gradient that this block's storage causes; these add
     up. ``fixed_bytes`` is what the rank holds besides. ``held_bytes`` are those of ``forwards_in_flight`` forwards
     together, as many as wait for their backward at once: 1 but for pipelines.

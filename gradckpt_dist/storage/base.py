@@ -26,6 +26,8 @@ class Storage(ABC):
     """Whether the gradients are bitwise those of ``keep``."""
     reruns: ClassVar[bool]
     """Whether backward calls the block's forward again, in full or in part."""
+    fetches_ahead: ClassVar[bool] = False
+    """Whether what the block before holds so is brought back while this one is in backward."""
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block

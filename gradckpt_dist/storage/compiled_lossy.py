@@ -10,6 +10,7 @@ from gradckpt_dist.storage.base import Forward
 from gradckpt_dist.storage.choice import UnseenOperations
 from gradckpt_dist.storage.compiled import CompiledSelective
 from gradckpt_dist.storage.compress import CompressedCall
+from gradckpt_dist.storage.deferred import refuse_transforms
 from gradckpt_dist.storage.lossy import Lossy
 
 
@@ -25,6 +26,7 @@ class CompiledSelective8(Lossy, CompiledSelective):
     bits = 8
 
     def run(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        refuse_transforms(self.name)
         call = CompressedCall(self, UnseenOperations(self.block, tree_leaves((args, kwargs))))
         self.ensure_verified(forward, args, kwargs)
         with call.hooks():

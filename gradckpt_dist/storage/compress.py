@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from gradckpt_dist.storage.base import Forward
 from gradckpt_dist.storage.choice import Choice, SeenOperations, UnseenOperations
 from gradckpt_dist.storage.compiled import is_compiled
-from gradckpt_dist.storage.deferred import STATISTIC_FRACTION, DeferredCall, Place, derive
+from gradckpt_dist.storage.deferred import STATISTIC_FRACTION, DeferredCall, Place, derive, refuse_transforms
 from gradckpt_dist.storage.lineage import Lineage, Role
 from gradckpt_dist.storage.lossy import Lossy
 from gradckpt_dist.storage.quantiser import DTYPES, plain_torch
@@ -21,15 +21,16 @@ _ATTENTION_BITS = {8: 8, 6: 6, 4: 8}
 
 
 class Compress8(Lossy):
-    """Quantises each saved activation once, when the block's forward is over, and restores it when backward asks.
+    """Quantises each saved activation once, when the forward is done with it, and restores it when backward asks.
 
     What a cheap operation (a norm, GELU, SiLU, a product, a cast, a copy) has made of tensors that are saved as well is
-    not held at all, but made of these again. Until the forward is over the block holds what ``keep`` holds. As they are
+    not held at all, but made of these again. As they are
     stay: parameters, buffers, what was made of these alone (weights cast by autocast), what is not float32, float16 or
     bfloat16, small and expanded tensors, tensor subclasses but DTensor, statistics, inputs of the block that need no
     gradient and what was made of these alone, and on the CPU tensors with a value that is not finite. Of a DTensor,
     this rank's part is quantised; its placements stay. In a compiled block, where the operations cannot be seen,
-    everything else that is saved and large counts as an activation.
+    everything else that is saved and large counts as an activation, and until its forward is over it holds what
+    ``keep`` holds.
 
     A gradient of the gradient would be wrong without bound: ``create_graph`` and torch.func raise ``StorageError``.
     """
@@ -39,6 +40,7 @@ class Compress8(Lossy):
     bits = 8
 
     def run(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        refuse_transforms(self.name)
         inputs = tree_leaves((args, kwargs))
         lineage = None if is_compiled(self.block) else Lineage(self.block, inputs)
         choice = SeenOperations(lineage) if lineage is not None else UnseenOperations(self.block, inputs)
@@ -80,6 +82,7 @@ class CompressedCall(DeferredCall):
         self._bits = storage.bits
         self._noise = storage.noise
         self._largest_bytes = 0
+        self._looked_at: set[Key] = set()
 
     def seal(self) -> None:
         """End of the forward: no tensor that is still saved stays as it is if it may be held otherwise."""
@@ -91,8 +94,9 @@ class CompressedCall(DeferredCall):
         if not self._choice.early:
             return
         saved = self.saved()
-        idle = [item for item in saved.items() if item[1].idle]
+        idle = [(key, place) for key, place in saved.items() if key not in self._looked_at and place.idle]
         if idle:
+            self._looked_at.update(key for key, _ in idle)
             with plain_torch():
                 self._hold(saved, idle)
 

@@ -1,4 +1,4 @@
-"""What a block saves, held back until its forward is over: only then is it known how each storage may be held."""
+"""What a block saves, held back until the forward is done with it: then it is known how each storage may be held."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STATISTIC_FRACTION = 1 / 32
 class Place:
     """One saved storage, alive for as long as a node has it saved.
 
-    As it is (``sample``), and once the forward is over perhaps as codes, or as what makes it from other places.
+    As it is (``sample``), and once the forward is done with it perhaps as codes, or as what makes it from others.
     """
 
     __slots__ = ("__weakref__", "_account", "_check", "_kept", "_lent", "_rest", "_restored", "as_is", "sample")
@@ -148,11 +148,7 @@ class DeferredCall:
     """
 
     def __init__(self, name: str, account: Account, *, lossy: bool) -> None:
-        if _functorch.peek_interpreter_stack() is not None:
-            raise StorageError(
-                f"{name!r} cannot run under torch.func transforms (grad, vmap, jvp), which differentiate past what it "
-                "holds; use another storage for this block: keep, recompute, selective or offload"
-            )
+        refuse_transforms(name)
         self._lossy = name if lossy else None
         self._account = account
         # The weak references to storages keep their identities from being used again while they are keys.
@@ -223,6 +219,19 @@ def derive(key: Key, place: Place, alive: dict[Key, Place], recipes: Recipes | N
         return False
     place.derive(derivation)
     return True
+
+
+def refuse_transforms(name: str) -> None:
+    """Called in forward.
+
+    Raises:
+        StorageError: inside a torch.func transform.
+    """
+    if _functorch.peek_interpreter_stack() is not None:
+        raise StorageError(
+            f"{name!r} cannot run under torch.func transforms (grad, vmap, jvp), which differentiate past what it "
+            "holds; use another storage for this block: keep, recompute, selective or offload"
+        )
 
 
 def refuse_double_backward(name: str) -> None:

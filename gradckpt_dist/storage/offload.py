@@ -40,6 +40,7 @@ class Offload(Storage):
     name = "offload"
     exact = True
     reruns = False
+    fetches_ahead = True
 
     def __init__(self, block: nn.Module, lane: OffloadLane) -> None:
         super().__init__(block)

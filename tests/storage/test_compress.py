@@ -491,6 +491,35 @@ def test_what_is_freed_during_forward_is_not_kept_until_its_end() -> None:
             assert seen == [0]
 
 
+def test_what_the_forward_is_done_with_is_coded_before_its_end() -> None:
+    seen = []
+
+    def function(x: Tensor, kept: list[Tensor]) -> Tensor:
+        for _ in range(3):
+            x = x.exp()
+            kept.append(x)
+            x = -x
+            seen.append(storage.held_bytes)
+        return x
+
+    class Forgetful(list[Tensor]):
+        def append(self, item: Tensor) -> None: ...
+
+    block = Function(function)
+    storage = create_storage("compress8", block)
+    coded = codes_bytes(ROWS * WIDTH, 8)
+    storage.run(block, leaf(), Forgetful())
+    assert seen == [SIZE, SIZE + coded, SIZE + 2 * coded]
+    # What is still in use waits for the end.
+    seen.clear()
+    kept: list[Tensor] = []
+    output = storage.run(block, leaf(), kept)
+    assert seen == [SIZE, 2 * SIZE, 3 * SIZE]
+    assert storage.held_bytes == 3 * coded
+    assert len(kept) == 3
+    assert output.requires_grad
+
+
 @pytest.mark.parametrize("name", LOSSY)
 def test_a_retained_graph_can_be_used_again(name: str) -> None:
     kinds = storages(name, transformer())
