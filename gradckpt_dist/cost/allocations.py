@@ -18,14 +18,15 @@ class Allocations:
     """Entered around a forward or a backward; it takes about 25 ms, and does nothing unless ``enabled``.
 
     PyTorch's current profiler (torch 2.13) writes two lines to stderr whenever it is used; the one before it does not,
-    and may be gone from a later release. Then, and while a profiler of the user's is at work, nothing is recorded.
+    and may be gone from a later release. Then, on devices but the CPU and CUDA, and beside a profiler of the user's,
+    nothing is recorded. Not yet run on a GPU.
     """
 
     def __init__(self, device: torch.device, *, enabled: bool) -> None:
         self.peak_bytes: int | None = None
         """The most at once beside what was there before; None if nothing was recorded."""
-        self._field = "cpu_memory_usage" if device.type == "cpu" else "cuda_memory_usage"
-        self._enabled = enabled and hasattr(_autograd, "_enable_profiler_legacy")
+        self._field = f"{device.type}_memory_usage"
+        self._enabled = enabled and device.type in {"cpu", "cuda"} and hasattr(_autograd, "_enable_profiler_legacy")
         self._recording = False
 
     def __enter__(self) -> Self:

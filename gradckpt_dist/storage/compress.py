@@ -82,7 +82,6 @@ class CompressedCall(DeferredCall):
         self._bits = storage.bits
         self._noise = storage.noise
         self._largest_bytes = 0
-        self._looked_at: set[Key] = set()
 
     def seal(self) -> None:
         """End of the forward: no tensor that is still saved stays as it is if it may be held otherwise."""
@@ -91,14 +90,10 @@ class CompressedCall(DeferredCall):
 
     def before_saving(self) -> None:
         """What the forward is done with need not wait for its end: its peak would be that of ``keep``."""
-        if not self._choice.early:
-            return
-        saved = self.saved()
-        idle = [(key, place) for key, place in saved.items() if key not in self._looked_at and place.idle]
+        idle = self.newly_idle() if self._choice.early else []
         if idle:
-            self._looked_at.update(key for key, _ in idle)
             with plain_torch():
-                self._hold(saved, idle)
+                self._hold(self.saved(), idle)
 
     def _hold(self, saved: dict[Key, Place], settled: list[tuple[Key, Place]]) -> None:
         """Of the places that are ``saved``, hold those that are ``settled``."""

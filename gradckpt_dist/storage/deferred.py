@@ -153,6 +153,7 @@ class DeferredCall:
         self._account = account
         # The weak references to storages keep their identities from being used again while they are keys.
         self._places: dict[Key, tuple[StorageWeakRef, weakref.ref[Place]]] = {}
+        self._in_use: dict[Key, None] = {}
 
     def hooks(self) -> saved_tensors_hooks:
         """What is saved under these waits here for ``end``."""
@@ -184,6 +185,18 @@ class DeferredCall:
             place.as_is = True
         return _Saved(self._lossy, part, check, place, witness)
 
+    def newly_idle(self) -> list[tuple[Key, Place]]:
+        """What has become idle since this was last asked."""
+        found = []
+        for key in list(self._in_use):
+            place = self._places[key][1]()
+            if place is not None and not place.idle:
+                continue
+            del self._in_use[key]
+            if place is not None:
+                found.append((key, place))
+        return found
+
     def saved(self) -> dict[Key, Place]:
         """What is saved now, by storage."""
         return {key: place for key, (_, reference) in self._places.items() if (place := reference()) is not None}
@@ -192,6 +205,7 @@ class DeferredCall:
         """The forward is over: what is still saved, by storage."""
         alive = self.saved()
         self._places.clear()
+        self._in_use.clear()
         return alive
 
     def _place(self, tensor: Tensor, check: VersionCheck) -> Place:
@@ -202,6 +216,7 @@ class DeferredCall:
             return known
         place = Place(tensor, check, self._account)
         self._places[key] = (StorageWeakRef(storage), weakref.ref(place))  # type: ignore[no-untyped-call]
+        self._in_use[key] = None
         return place
 
 
