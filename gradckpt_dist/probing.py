@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -122,6 +123,8 @@ class Prober:
         self._traps: list[Trap] = []
         self._stopped: set[int] = set()
         self.probes = 0
+        self.seconds = 0.0
+        """Spent in probes so far, by the host's clock."""
 
     def begin(self, turns: Sequence[ProbeTurn]) -> None:
         """Start a sampled step with these turns, of as many blocks."""
@@ -166,6 +169,7 @@ class Prober:
         if not call.intact:
             self._stop(turn.block, "its inputs are changed in place after it")
             return
+        started = time.perf_counter()
         try:
             upstream = call.separated(gradients)
             self._meet(turn, call, upstream)
@@ -176,6 +180,7 @@ class Prober:
             self._stop(turn.block, "there is not enough memory to run it beside the true backward")
         except Exception as error:
             self._stop(turn.block, f"a second run failed ({type(error).__name__}: {error})")
+        self.seconds += time.perf_counter() - started
 
     def _meet(self, turn: ProbeTurn, call: ShadowCall, upstream: Gradients) -> None:
         """Run each storage that is new to this kind of block, or to so many tokens, and count its bytes."""

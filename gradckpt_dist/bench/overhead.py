@@ -37,7 +37,7 @@ def bench_overhead(*, quick: bool) -> dict[str, Any]:
     ``overhead_fraction`` is the seconds added over an interval divided by the pinned replica's: steps are compared by
     their place in the interval, each the minimum over rounds. ``cpu_fraction`` is the same of CPU seconds of rank 0,
     summed over all steps, so that what does not happen in every interval counts. ``plugin_fraction`` is what the
-    plugin's own clock at boundaries says.
+    plugin's own clock at boundaries says, ``probing_fraction`` what the one around probes does.
     """
     rounds, batch, interval = (1, 2, _QUICK_INTERVAL) if quick else (8, 8, INTERVAL)
     figures: dict[str, Any] = {}
@@ -55,7 +55,7 @@ def _measure(rank: int, rounds: int, batch: int, interval: int, pair: str) -> di
     pinned.engine.set_mask(pinned.engine.mask.storages)
     plugin.warm_up(_INTERVALS_TO_SETTLE)
     pinned.warm_up(1)
-    plugin_seconds = plugin.engine.stats()["plugin_seconds"]
+    plugin_seconds, probing_seconds = plugin.engine.stats()["plugin_seconds"], plugin.probing_seconds
     for number in range(rounds):
         for place in range(interval):
             if pinned.engine.mask.storages != plugin.engine.mask.storages:
@@ -65,10 +65,12 @@ def _measure(rank: int, rounds: int, batch: int, interval: int, pair: str) -> di
         if rank == 0:
             progress(f"round {number + 1} of {rounds}")
     plugin_seconds = plugin.engine.stats()["plugin_seconds"] - plugin_seconds
+    probing_seconds = plugin.probing_seconds - probing_seconds
     return {
         "overhead_fraction": plugin.best_interval_seconds() / pinned.best_interval_seconds() - 1,
         "cpu_fraction": sum(plugin.cpu_seconds) / sum(pinned.cpu_seconds) - 1,
         "plugin_fraction": plugin_seconds / sum(pinned.seconds),
+        "probing_fraction": probing_seconds / sum(pinned.seconds),
         "rows": [
             {"pair": pair, "replica": name, **summary(replica.seconds), "cpu_seconds": sum(replica.cpu_seconds)}
             for name, replica in (("plugin", plugin), ("pinned", pinned))
@@ -96,6 +98,12 @@ class _Replica:
         self._windows = text.sample(self.batch, 128, torch.Generator().manual_seed(dist.get_rank()))
         config = {**self.policy, "interval": self.interval, "warmup_steps": 0}
         self.engine = enable(self._model, config, optimizer=self._optimizer)
+
+    @property
+    def probing_seconds(self) -> float:
+        """So far."""
+        prober = self.engine._observer.prober
+        return 0.0 if prober is None else prober.seconds
 
     def timed_step(self) -> None:
         started, cpu_started = time.perf_counter(), time.process_time()
