@@ -20,6 +20,7 @@ from gradckpt_dist.cost.trap import Gradients
 from gradckpt_dist.storage import Forward, Storage
 from gradckpt_dist.storage.buffers import BufferGuard
 from gradckpt_dist.storage.ledger import Ledger, Measurement, is_parameter
+from gradckpt_dist.storage.operations import device_of
 from gradckpt_dist.storage.parts import part_of
 
 _PLAIN = (torch.Tensor, bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
@@ -64,7 +65,6 @@ class ShadowCall:
         self._buffers = BufferGuard(block)
         self._snapshot = self._buffers.snapshot()
         self.tokens = count_tokens(self._inputs)
-        self._device = _device_of(self._inputs)
 
     @staticmethod
     def possible(args: Any, kwargs: Any) -> bool:
@@ -108,7 +108,7 @@ class ShadowCall:
         """
         parameters = parameters_of(self._block)
         inputs = [tensor for tensor in self._inputs if tensor.requires_grad]
-        forward, backward = (Allocations(self._device, enabled=ledger is not None) for _ in range(2))
+        forward, backward = (Allocations(device_of(self._inputs), enabled=ledger is not None) for _ in range(2))
         with self._restored(), _hooks_withheld(parameters), torch.enable_grad():
             start = clock.mark()
             with forward:
@@ -240,10 +240,6 @@ def _measurement(
         measured.stored_bytes[0] + ahead + upstream + backward.peak_bytes,
     )
     return replace(measured, peak_bytes=max(*peaks))
-
-
-def _device_of(tensors: Sequence[torch.Tensor]) -> torch.device:
-    return next((tensor.device for tensor in tensors if tensor.is_floating_point()), torch.device("cpu"))
 
 
 def _accelerators(tensors: Sequence[torch.Tensor]) -> list[torch.device]:

@@ -24,13 +24,12 @@ class Compress8(Lossy):
     """Quantises each saved activation once, when the forward is done with it, and restores it when backward asks.
 
     What a cheap operation (a norm, GELU, SiLU, a product, a cast, a copy) has made of tensors that are saved as well is
-    not held at all, but made of these again. As they are
-    stay: parameters, buffers, what was made of these alone (weights cast by autocast), what is not float32, float16 or
-    bfloat16, small and expanded tensors, tensor subclasses but DTensor, statistics, inputs of the block that need no
-    gradient and what was made of these alone, and on the CPU tensors with a value that is not finite. Of a DTensor,
-    this rank's part is quantised; its placements stay. In a compiled block, where the operations cannot be seen,
-    everything else that is saved and large counts as an activation, and until its forward is over it holds what
-    ``keep`` holds.
+    not held at all, but made of these again. As they are stay: parameters, buffers, what was made of these alone
+    (weights cast by autocast), what is not float32, float16 or bfloat16, small and expanded tensors, tensor subclasses
+    but DTensor, statistics, inputs of the block that need no gradient and what was made of these alone, and on the CPU
+    tensors with a value that is not finite. Of a DTensor, this rank's part is quantised; its placements stay. In a
+    compiled block, where the operations cannot be seen, everything else that is saved and large counts as an
+    activation, and until its forward is over it holds what ``keep`` holds.
 
     A gradient of the gradient would be wrong without bound: ``create_graph`` and torch.func raise ``StorageError``.
     """

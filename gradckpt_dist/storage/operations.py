@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
@@ -187,6 +187,11 @@ def inner_tensors(values: Any) -> Iterator[torch.Tensor]:
             yield from inner_tensors([getattr(leaf, name) for name in names])
         elif leaf.layout is torch.strided:
             yield leaf
+
+
+def device_of(tensors: Sequence[torch.Tensor]) -> torch.device:
+    """That of the first of floats; the CPU if there is none."""
+    return next((tensor.device for tensor in tensors if tensor.is_floating_point()), torch.device("cpu"))
 
 
 def storage_key(tensor: torch.Tensor) -> int:

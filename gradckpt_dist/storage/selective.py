@@ -16,7 +16,7 @@ from gradckpt_dist.storage.context import StorageContext
 from gradckpt_dist.storage.half_choice import Cost, HalfChoice, HalfChoices, HalfSelection
 from gradckpt_dist.storage.ledger import is_parameter
 from gradckpt_dist.storage.operation_cache import Entry, OperationCache, save
-from gradckpt_dist.storage.operations import inner_tensors, storage_key
+from gradckpt_dist.storage.operations import device_of, inner_tensors, storage_key
 from gradckpt_dist.storage.recompute import Passes, Recompute
 from gradckpt_dist.storage.recorder import AllExpensive, Recorder, Replayer, Selection
 from gradckpt_dist.storage.stopwatch import Stopwatch
@@ -110,7 +110,7 @@ class _ProfiledPasses(SelectivePasses):
     def __init__(self, storage: Selective, choice: HalfChoice, inputs: list[torch.Tensor]) -> None:
         super().__init__(storage, HalfSelection())
         self._choice = choice
-        self._stopwatch = Stopwatch(_device(inputs))
+        self._stopwatch = Stopwatch(device_of(inputs))
         self._input_bytes = _storage_bytes(inputs)
         # The weak references keep a storage's identity from being used again while it is a key.
         self._kept_bytes: dict[StorageWeakRef, int] = {}
@@ -160,10 +160,6 @@ def _storage_bytes(values: Any) -> dict[int, int]:
     }
 
 
-def _device(tensors: list[torch.Tensor]) -> torch.device:
-    return next((tensor.device for tensor in tensors if tensor.is_floating_point()), torch.device("cpu"))
-
-
 def _autocast(tensors: list[torch.Tensor]) -> tuple[Hashable, ...]:
-    device = _device(tensors).type
+    device = device_of(tensors).type
     return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
