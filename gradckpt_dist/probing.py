@@ -22,11 +22,14 @@ from gradckpt_dist.storage import Forward, StorageContext, create_storage
 from gradckpt_dist.storage.lane import OffloadLane
 from gradckpt_dist.storage.ledger import Ledger
 from gradckpt_dist.storage.noise import NoiseSource
+from gradckpt_dist.storage.saved import Slack
 
 logger = logging.getLogger("gradckpt_dist")
 
 
 CALIBRATION_VISITS = 2
+CALIBRATION_ROUNDS = 4
+"""In each visit; with two of them, storages within a few percent of each other came in the wrong order too often."""
 WARM_UPS = 3
 """Runs of a storage before it is timed: ``selective_half`` profiles as many calls until it has settled."""
 SHARE = 0.005
@@ -69,7 +72,7 @@ class ProbeSchedule:
         firsts = [self.kinds.index(kind) for kind in range(max(self.kinds) + 1)]
         number -= len(firsts) * CALIBRATION_VISITS
         if number < 0:
-            return (ProbeTurn(block=firsts[number % len(firsts)], storages=self.storages, rounds=2),)
+            return (ProbeTurn(block=firsts[number % len(firsts)], storages=self.storages, rounds=CALIBRATION_ROUNDS),)
         first, last = self._items_before(number), self._items_before(number + 1)
         return tuple(map(self._item, range(first, min(last, first + len(self.kinds)))))
 
@@ -118,7 +121,7 @@ class Prober:
         self._statistics = statistics
         self._clock = clock
         # What profiles have settled is shared with training; what training would notice is not.
-        self._context = replace(context or StorageContext(), lane=OffloadLane(), noise=NoiseSource())
+        self._context = replace(context or StorageContext(), lane=OffloadLane(), noise=NoiseSource(), slack=Slack())
         self._turns: dict[int, ProbeTurn] = {}
         self._traps: list[Trap] = []
         self._stopped: set[int] = set()

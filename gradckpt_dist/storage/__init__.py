@@ -54,11 +54,13 @@ def create_storage(name: str, block: nn.Module, context: StorageContext | None =
     Raises:
         StorageError: this version has no such storage.
     """
-    if name in COMPILED_STORAGES and is_compiled(block):
-        return COMPILED_STORAGES[name].create(block, context or StorageContext())
     if name not in STORAGES:
         raise StorageError(f"storage {name!r} is not available; this version has: {', '.join(STORAGES)}")
-    return STORAGES[name].create(block, context or StorageContext())
+    compiled = COMPILED_STORAGES.get(name) if is_compiled(block) else None
+    context = context or StorageContext()
+    storage = (compiled or STORAGES[name]).create(block, context)
+    storage.account.slack = context.slack
+    return storage
 
 
 __all__ = ["STORAGES", "Forward", "Storage", "StorageContext", "create_storage"]

@@ -86,6 +86,7 @@ class CompressedCall(DeferredCall):
         """End of the forward: no tensor that is still saved stays as it is if it may be held otherwise."""
         alive = self.end()
         self._hold(alive, list(alive.items()))
+        self._account.slack.end_forward()
 
     def before_saving(self) -> None:
         """What the forward is done with need not wait for its end: its peak would be that of ``keep``."""

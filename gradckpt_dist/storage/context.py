@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from gradckpt_dist.storage.half_choice import HalfChoices
 from gradckpt_dist.storage.lane import OffloadLane
 from gradckpt_dist.storage.noise import NoiseSource
+from gradckpt_dist.storage.saved import Slack
 
 if TYPE_CHECKING:
     from gradckpt_dist.storage.kept_inputs import KeptInputs
@@ -17,11 +18,12 @@ if TYPE_CHECKING:
 class StorageContext:
     """``lane``: where offloading blocks meet; ``noise``: where lossy ones get their seeds.
 
-    ``half_choices``: what ``selective_half`` holds, by kind of block. ``kept_inputs``: where inputs of recomputed
-    blocks wait, if they are to be moved.
+    ``slack``: what they have let go of in backward. ``half_choices``: what ``selective_half`` holds, by kind of block.
+    ``kept_inputs``: where inputs of recomputed blocks wait, if they are to be moved.
     """
 
     lane: OffloadLane = field(default_factory=OffloadLane)
     noise: NoiseSource = field(default_factory=NoiseSource)
+    slack: Slack = field(default_factory=Slack)
     half_choices: HalfChoices = field(default_factory=HalfChoices)
     kept_inputs: KeptInputs | None = None

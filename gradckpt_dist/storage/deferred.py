@@ -36,16 +36,33 @@ class Place:
     As it is (``sample``), and once the forward is done with it perhaps as codes, or as what makes it from others.
     """
 
-    __slots__ = ("__weakref__", "_account", "_check", "_kept", "_lent", "_rest", "_restored", "as_is", "sample")
+    __slots__ = (
+        "__weakref__",
+        "_account",
+        "_asked",
+        "_check",
+        "_kept",
+        "_lent",
+        "_rest",
+        "_restored",
+        "_size_bytes",
+        "as_is",
+        "readers",
+        "sample",
+    )
 
     def __init__(self, tensor: Tensor, check: VersionCheck, account: Account) -> None:
         self.sample: Tensor | None = tensor
         """The tensor that was saved first; None once it is held otherwise."""
         self.as_is = False
         """Whether a view of it forbids to compress it."""
+        self.readers = 0
+        """How many saved tensors are views of it."""
+        self._asked = 0
         self._check = check
         self._account = account
-        self._kept: Kept | None = Kept(tensor.untyped_storage().nbytes(), account)
+        self._size_bytes = tensor.untyped_storage().nbytes()
+        self._kept: Kept | None = Kept(self._size_bytes, account)
         self._rest: Quantised | Derivation | None = None
         self._restored: StorageWeakRef | None = None
         self._lent: torch.UntypedStorage | None = None
@@ -78,22 +95,32 @@ class Place:
         self._hold(derivation)
 
     def restored(self) -> torch.UntypedStorage:
-        """The storage again; one that is still alive is not restored twice."""
-        storage, new = self._fresh()
-        if new:
-            self._restored = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-        self._lent = None
+        """The storage again, for one of the readers.
+
+        It is held until each of them has asked: queries, keys and values are often made of one tensor by three nodes.
+        """
+        storage = self._again()
+        self._asked += 1
+        self._lent = storage if self._asked < self.readers else None
         return storage
 
     def lend(self, *, overwritten: bool) -> tuple[torch.UntypedStorage, bool]:
         """For a derivation: the storage, and whether nobody else has it.
 
-        The operation that a derived tensor came from is the next to be differentiated, and asks for it, too.
+        The operation that a derived tensor came from is the next to be differentiated, and asks for it, too: until then
+        it is held, if it is not ``overwritten`` or there is room for both.
         """
-        if overwritten:
+        if overwritten and self._account.slack.bytes < self._size_bytes:
             return self._fresh()
-        self._lent = storage = self.restored()
+        self._lent = storage = self._again()
         return storage, False
+
+    def _again(self) -> torch.UntypedStorage:
+        """The storage; one that is still alive is not restored twice."""
+        storage, new = self._fresh()
+        if new:
+            self._restored = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        return storage
 
     def _fresh(self) -> tuple[torch.UntypedStorage, bool]:
         if self.sample is not None:
@@ -211,12 +238,12 @@ class DeferredCall:
     def _place(self, tensor: Tensor, check: VersionCheck) -> Place:
         storage = tensor.untyped_storage()
         key = (storage._cdata, tensor._version)
-        known = self._places[key][1]() if key in self._places else None
-        if known is not None:
-            return known
-        place = Place(tensor, check, self._account)
-        self._places[key] = (StorageWeakRef(storage), weakref.ref(place))  # type: ignore[no-untyped-call]
-        self._in_use[key] = None
+        place = self._places[key][1]() if key in self._places else None
+        if place is None:
+            place = Place(tensor, check, self._account)
+            self._places[key] = (StorageWeakRef(storage), weakref.ref(place))  # type: ignore[no-untyped-call]
+            self._in_use[key] = None
+        place.readers += 1
         return place
 
 

@@ -45,4 +45,5 @@ class Derive(Storage):
         for key, place in places.items():
             if not place.as_is and place.sample_bytes >= least_bytes:
                 derive(key, place, places, operations.recipes)
+        self.account.slack.end_forward()
         return result

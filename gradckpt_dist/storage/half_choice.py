@@ -110,7 +110,7 @@ def choose(costs: Mapping[Occurrence, Cost], limit_bytes: int) -> frozenset[Occu
         grown = [
             (held_bytes + cost.held_bytes, seconds + cost.seconds, (*chosen, occurrence))
             for held_bytes, seconds, chosen in frontier
-            if held_bytes + cost.held_bytes <= limit_bytes
+            if held_bytes + cost.held_bytes <= max(limit_bytes, 0)
         ]
         best = -1.0
         merged = sorted(frontier + grown, key=lambda point: (point[0], -point[1]))

@@ -56,18 +56,18 @@ class Lineage(CheapOperations):  # type: ignore[no-untyped-call]
         if _is_view(func):
             return result
         self.recipes.note(func, args, kwargs, result)
-        inputs = list(_operands((*args, *kwargs.values()) if kwargs else args))
+        inputs = [(_key(tensor), tensor) for tensor in _operands((*args, *kwargs.values()) if kwargs else args)]
         outputs = (result,) if isinstance(result, Tensor) else result
         if isinstance(outputs, (tuple, list)):
             self._note(inputs, outputs)
         if _is_attention(func):
-            for tensor in inputs[:3]:
-                if self.role(tensor) is Role.ACTIVATION:
-                    self._roles[_key(tensor)] = Role.ATTENDED
+            for key, _ in inputs[:3]:
+                if self._roles.get(key) is Role.ACTIVATION:
+                    self._roles[key] = Role.ATTENDED
         return result
 
-    def _note(self, inputs: list[Tensor], outputs: Iterable[Any]) -> None:
-        existing = {_key(tensor) for tensor in inputs}
+    def _note(self, inputs: list[tuple[int, Tensor]], outputs: Iterable[Any]) -> None:
+        existing = {key for key, _ in inputs}
         role = self._derived(inputs)
         for position, tensor in enumerate(outputs):
             if not _has_storage(tensor):
@@ -79,24 +79,23 @@ class Lineage(CheapOperations):  # type: ignore[no-untyped-call]
             elif role is Role.ACTIVATION and self._roles.get(key) is Role.OTHER:
                 self._roles[key] = role  # written to
 
-    def _derived(self, inputs: list[Tensor]) -> Role:
+    def _derived(self, inputs: list[tuple[int, Tensor]]) -> Role:
         """The role of what is made of these."""
-        floating = [tensor for tensor in inputs if tensor.is_floating_point() or tensor.is_complex()]
-        roles = set(map(self._input_role, floating))
+        floating = [(key, tensor) for key, tensor in inputs if tensor.is_floating_point() or tensor.is_complex()]
+        roles = {self._roles.get(key) or _input_role(tensor) for key, tensor in floating}
         if Role.ACTIVATION in roles or Role.ATTENDED in roles:
             return Role.ACTIVATION
         if roles == {Role.WEIGHT}:
             return Role.WEIGHT
-        trains = any(tensor.requires_grad for tensor in floating)
+        trains = any(tensor.requires_grad for _, tensor in floating)
         return Role.ACTIVATION if trains and Role.WEIGHT in roles else Role.OTHER
 
-    def _input_role(self, tensor: Tensor) -> Role:
-        known = self.role(tensor)
-        if known is not None:
-            return known
-        if is_parameter(tensor):
-            return Role.WEIGHT
-        return Role.ACTIVATION if tensor.requires_grad and not tensor.is_leaf else Role.OTHER
+
+def _input_role(tensor: Tensor) -> Role:
+    """Of a storage that nothing here has made."""
+    if is_parameter(tensor):
+        return Role.WEIGHT
+    return Role.ACTIVATION if tensor.requires_grad and not tensor.is_leaf else Role.OTHER
 
 
 def _operands(values: Iterable[Any]) -> Iterator[Tensor]:

@@ -84,7 +84,7 @@ class HostCopy:
         """Begin to bring it back."""
         if self._flat is None:
             self._flat, self._ready = self._lane.carrier(self._device).fetch(self._buffer, self._size_bytes)
-            self._account.held_bytes += self._size_bytes
+            self._account.add(self._size_bytes)
         return self._flat
 
     def arrive(self) -> torch.UntypedStorage:
@@ -97,7 +97,7 @@ class HostCopy:
         self._account.host_bytes -= self._buffer.numel()
         self._lane.pool.give(self._buffer, self._device)
         if self._flat is not None:
-            self._account.held_bytes -= self._size_bytes
+            self._account.add(-self._size_bytes)
 
 
 class _Saved:

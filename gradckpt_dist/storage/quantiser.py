@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dynamo import config as dynamo_config
-from torch.overrides import _pop_mode_temporarily
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.overrides import _pop_mode_temporarily as without_function_mode
+from torch.utils._python_dispatch import _pop_mode_temporarily as without_dispatch_mode
 
 from gradckpt_dist.errors import StorageError
 from gradckpt_dist.storage import kernels
@@ -70,7 +70,8 @@ def dequantise(quantised: Quantised) -> Tensor:
     """The tensor again: contiguous, in its shape and dtype."""
     with plain_torch():
         chunks: Tensor = _KERNELS[quantised.bits].dequantise(*quantised.packed)
-        return chunks.view(-1)[: quantised.shape.numel()].view(quantised.shape)
+        padded = chunks.numel() > quantised.shape.numel()
+        return (chunks.view(-1)[: quantised.shape.numel()] if padded else chunks).view(quantised.shape)
 
 
 class _Kernel:
@@ -153,7 +154,10 @@ def plain_torch() -> AbstractContextManager[None]:
     autocast = [device for device in _autocast_devices() if torch.is_autocast_enabled(device)]
     if autocast or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return _without_modes(autocast)
-    return torch.no_grad()
+    return torch.no_grad() if torch.is_grad_enabled() else _AS_IT_IS
+
+
+_AS_IT_IS = nullcontext()
 
 
 @cache
@@ -167,8 +171,8 @@ def _without_modes(autocast: list[str]) -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         for device in autocast:
             stack.enter_context(torch.autocast(device, enabled=False))
-        if torch._C._len_torch_dispatch_stack():
-            stack.enter_context(_disable_current_modes())
+        while torch._C._len_torch_dispatch_stack():
+            stack.enter_context(without_dispatch_mode())
         while torch._C._len_torch_function_stack():
-            stack.enter_context(_pop_mode_temporarily())
+            stack.enter_context(without_function_mode())
         yield

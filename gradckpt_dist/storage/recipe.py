@@ -112,7 +112,8 @@ class Recipes:
     def note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """An operation has run, on plain tensors or others."""
         if function not in _CHEAP:
-            self._forget(list(_written(function, args, kwargs)))
+            if _write_arguments(function):
+                self._forget(list(_written(function, args, kwargs)))
             return
         output = result[0] if isinstance(result, tuple) else result
         tensors = [value for value in (output, *args) if isinstance(value, Tensor)]

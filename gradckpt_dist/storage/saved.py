@@ -17,14 +17,42 @@ SMALL_BYTES = 16 * 1024
 """Tensors whose storage is smaller stay as they are."""
 
 
+class Slack:
+    """What the blocks of one engine have let go of since the last forward of one was over.
+
+    A predicted peak has all blocks hold what they hold while the largest working set comes on top. That is so in
+    backward of the last block alone: an earlier one may hold as much more for itself as those after it have held.
+    """
+
+    def __init__(self) -> None:
+        self.held_bytes = 0
+        self._most_bytes = 0
+
+    @property
+    def bytes(self) -> int:
+        """So many may be held beside what backward needs."""
+        return self._most_bytes - self.held_bytes
+
+    def end_forward(self) -> None:
+        """The forward of a block is over."""
+        self._most_bytes = self.held_bytes
+
+
 class Account:
     """Live bytes of one block: on the device, and in host memory."""
 
     def __init__(self) -> None:
+        self.slack = Slack()
+        """Of all the blocks of this block's engine."""
         self.held_bytes = 0
         self.host_bytes = 0
         self._restored: dict[StorageWeakRef, int] = {}
         self._watch: WeakMethod[Callable[[int], None]] | None = None
+
+    def add(self, size_bytes: int) -> None:
+        """So much more is held on the device; less if it is negative."""
+        self.held_bytes += size_bytes
+        self.slack.held_bytes += size_bytes
 
     def watch(self, note: Callable[[int], None]) -> None:
         """While the object of the method ``note`` lives, tell it what all restored storages that are alive come to."""
@@ -49,10 +77,10 @@ class Kept:
     def __init__(self, size_bytes: int, account: Account) -> None:
         self._size_bytes = size_bytes
         self._account = account
-        account.held_bytes += size_bytes
+        account.add(size_bytes)
 
     def __del__(self) -> None:
-        self._account.held_bytes -= self._size_bytes
+        self._account.add(-self._size_bytes)
 
 
 class VersionCheck:

@@ -17,9 +17,10 @@ from torch.nn import functional
 
 import gradckpt_dist
 from gradckpt_dist import StorageError
-from gradckpt_dist.storage import Storage, StorageContext, create_storage
+from gradckpt_dist.storage import Storage, StorageContext, create_storage, deferred
 from gradckpt_dist.storage.keep import Keep
 from gradckpt_dist.storage.ledger import Ledger
+from gradckpt_dist.storage.quantiser import Quantised, dequantise
 from gradckpt_dist.storage.saved import SMALL_BYTES
 
 LOSSY = ("compress8", "compress6", "compress4")
@@ -518,6 +519,42 @@ def test_what_the_forward_is_done_with_is_coded_before_its_end() -> None:
     assert storage.held_bytes == 3 * coded
     assert len(kept) == 3
     assert output.requires_grad
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes of all that is made from codes."""
+    shapes = []
+
+    def noting(quantised: Quantised) -> Tensor:
+        shapes.append(quantised.shape)
+        return dequantise(quantised)
+
+    monkeypatch.setattr(deferred, "dequantise", noting)
+    return shapes
+
+
+def test_what_several_nodes_have_saved_is_decoded_once(decoded: list[torch.Size]) -> None:
+    weights = [torch.randn(WIDTH, WIDTH, requires_grad=True) for _ in range(3)]
+
+    def function(x: Tensor) -> Tensor:
+        x = x.exp()
+        return torch.stack([functional.linear(x, weight) for weight in weights])
+
+    block = Function(function)
+    create_storage("compress8", block).run(block, leaf()).sum().backward()
+    assert len(decoded) == 1
+
+
+def test_a_block_may_hold_what_later_ones_have_let_go_of(decoded: list[torch.Size]) -> None:
+    blocks = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH)) for _ in range(8)]
+    kinds = storages("compress8", blocks)
+    run(kinds, leaf()).sum().backward()
+    # Each decodes its input once; what GELU was given once, or twice where there is no room until GELU asks for it.
+    without_room = -(-SIZE // (2 * codes_bytes(ROWS * WIDTH, 8)))
+    assert without_room == 2
+    assert len(decoded) == 2 * len(blocks) + without_room
+    assert kinds[0].account.slack.held_bytes == 0
 
 
 @pytest.mark.parametrize("name", LOSSY)
