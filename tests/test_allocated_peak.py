@@ -53,6 +53,7 @@ class _Training:
         self._optimizer.zero_grad(set_to_none=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_allocated_peak_is_predicted_of_every_storage_and_of_random_masks(compiled: bool) -> None:
     training = _Training(compiled=compiled)

@@ -5,6 +5,7 @@ The allocator alone sees gradients on their way, and what compiled code makes.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any, Self
@@ -19,7 +20,7 @@ class Allocations:
 
     PyTorch's current profiler (torch 2.13) writes two lines to stderr whenever it is used; the one before it does not,
     and may be gone from a later release. Then, on devices but the CPU and CUDA, and beside a profiler of the user's,
-    nothing is recorded. Not yet run on a GPU.
+    nothing is recorded. Meanwhile Python collects no garbage, which may be of an earlier run. Not yet run on a GPU.
     """
 
     def __init__(self, device: torch.device, *, enabled: bool) -> None:
@@ -27,10 +28,12 @@ class Allocations:
         """The most at once beside what was there before; None if nothing was recorded."""
         self._field = f"{device.type}_memory_usage"
         self._enabled = enabled and device.type in {"cpu", "cuda"} and hasattr(_autograd, "_enable_profiler_legacy")
-        self._recording = False
+        self._recording = self._collects = False
 
     def __enter__(self) -> Self:
         if self._enabled and not _autograd._profiler_enabled():
+            self._collects = gc.isenabled()
+            gc.disable()
             _autograd._enable_profiler_legacy(_config())
             self._recording = True
         return self
@@ -38,6 +41,8 @@ class Allocations:
     def __exit__(self, *exception: Any) -> None:
         if self._recording:
             self._recording = False
+            if self._collects:
+                gc.enable()
             self.peak_bytes = max(accumulate(self._changes(_autograd._disable_profiler_legacy()), initial=0))
 
     def _changes(self, threads: list[list[Any]]) -> Iterator[int]:

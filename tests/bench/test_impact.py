@@ -196,7 +196,7 @@ def _looked_at(tolerance: float) -> Iterator[tuple[tuple[str, ...], float]]:
     engine.disable()
 
 
-@pytest.mark.parametrize("tolerance", [0.01, 0.007])
+@pytest.mark.parametrize("tolerance", [0.01, pytest.param(0.007, marks=pytest.mark.slow)])
 def test_the_realised_error_of_the_gradient_is_within_the_tolerance(tolerance: float) -> None:
     looked_at = list(_looked_at(tolerance))
     assert len(looked_at) == 6

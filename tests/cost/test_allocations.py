@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from probing_support import CPU
@@ -47,6 +49,19 @@ def test_gradients_on_their_way_count() -> None:
         torch.autograd.grad(loss, x)
     # exp's gradient and that of its input, beside what exp had saved.
     assert 2 * SIZE <= (allocations.peak_bytes or 0) <= 2 * SIZE + SCALARS
+
+
+def test_garbage_is_not_freed_meanwhile() -> None:
+    with _allocations():  # what was allocated while nothing was recorded is not missed when it is freed
+        cycle: list[object] = [torch.ones(64, 64)]
+    cycle.append(cycle)
+    del cycle
+    with _allocations() as allocations:
+        lists: list[list[None]] = [[] for _ in range(10 * gc.get_threshold()[0])]
+        x = torch.ones(64, 64)
+    assert SIZE <= (allocations.peak_bytes or 0) <= SIZE + SCALARS
+    assert gc.isenabled()
+    del lists, x
 
 
 def test_nothing_is_recorded_unless_enabled() -> None:

@@ -215,6 +215,7 @@ def _check_four_ranks() -> None:
             raise AssertionError(f"{plan}: {error}") from error
 
 
+@pytest.mark.slow
 def test_distributed_outputs_on_two_ranks() -> None:
     run_distributed_test(_check_two_ranks, 2, ("distributed outputs",), timeout_seconds=280)
 

@@ -77,5 +77,6 @@ def _relative_error(ours: list[torch.Tensor], reference: list[torch.Tensor]) -> 
     return float((difference / total).sqrt())
 
 
+@pytest.mark.slow
 def test_gradients_under_every_storage() -> None:
     run_distributed_test(_check_all_storages, 2, timeout_seconds=250)

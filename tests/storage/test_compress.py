@@ -615,5 +615,6 @@ def _check_frameworks() -> None:
     _hold_no_parameters()
 
 
+@pytest.mark.slow
 def test_two_ranks_of_each_framework() -> None:
     run_distributed_test(_check_frameworks, 2)
