@@ -213,6 +213,7 @@ def _check_four_ranks() -> None:
             raise AssertionError(f"{plan}: {error}") from error
 
 
+@pytest.mark.slow
 def test_statistics_and_bytes_of_every_plan_on_two_ranks() -> None:
     run_distributed_test(_check_statistics_and_bytes, 2, timeout_seconds=250)
 
