@@ -41,9 +41,10 @@ class Allocations:
     def __exit__(self, *exception: Any) -> None:
         if self._recording:
             self._recording = False
+            events = _autograd._disable_profiler_legacy()
             if self._collects:
                 gc.enable()
-            self.peak_bytes = max(accumulate(self._changes(_autograd._disable_profiler_legacy()), initial=0))
+            self.peak_bytes = max(accumulate(self._changes(events), initial=0))
 
     def _changes(self, threads: list[list[Any]]) -> Iterator[int]:
         """Bytes allocated, negative where freed, in the order of time."""

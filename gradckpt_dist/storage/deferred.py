@@ -39,7 +39,6 @@ class Place:
     __slots__ = (
         "__weakref__",
         "_account",
-        "_asked",
         "_check",
         "_kept",
         "_lent",
@@ -47,8 +46,8 @@ class Place:
         "_restored",
         "_size_bytes",
         "as_is",
-        "readers",
         "sample",
+        "unread",
     )
 
     def __init__(self, tensor: Tensor, check: VersionCheck, account: Account) -> None:
@@ -56,9 +55,8 @@ class Place:
         """The tensor that was saved first; None once it is held otherwise."""
         self.as_is = False
         """Whether a view of it forbids to compress it."""
-        self.readers = 0
-        """How many saved tensors are views of it."""
-        self._asked = 0
+        self.unread = 0
+        """How many saved tensors are views of it and have not been asked for yet."""
         self._check = check
         self._account = account
         self._size_bytes = tensor.untyped_storage().nbytes()
@@ -95,13 +93,13 @@ class Place:
         self._hold(derivation)
 
     def restored(self) -> torch.UntypedStorage:
-        """The storage again, for one of the readers.
+        """The storage again, for one of those that saved it.
 
         It is held until each of them has asked: queries, keys and values are often made of one tensor by three nodes.
         """
         storage = self._again()
-        self._asked += 1
-        self._lent = storage if self._asked < self.readers else None
+        self.unread -= 1
+        self._lent = storage if self.unread > 0 else None
         return storage
 
     def lend(self, *, overwritten: bool) -> tuple[torch.UntypedStorage, bool]:
@@ -243,7 +241,7 @@ class DeferredCall:
             place = Place(tensor, check, self._account)
             self._places[key] = (StorageWeakRef(storage), weakref.ref(place))  # type: ignore[no-untyped-call]
             self._in_use[key] = None
-        place.readers += 1
+        place.unread += 1
         return place
 
 

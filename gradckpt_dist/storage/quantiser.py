@@ -24,6 +24,7 @@ logger = logging.getLogger("gradckpt_dist")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """What can be quantised."""
+_AS_IT_IS = nullcontext()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,9 +156,6 @@ def plain_torch() -> AbstractContextManager[None]:
     if autocast or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return _without_modes(autocast)
     return torch.no_grad() if torch.is_grad_enabled() else _AS_IT_IS
-
-
-_AS_IT_IS = nullcontext()
 
 
 @cache

@@ -72,6 +72,7 @@ def test_quick_run_prints_one_object_and_draws_it(tmp_path: Path) -> None:
     assert kinds == [("demo", False), ("demo", True), ("uneven", False)]
     eager = result["comparisons"][0]
     assert (eager["budgets"], eager["budgets_compared"]) == (2, _rows_that_a_peer_fits(result["rows"]))
+    assert eager["budgets_compared"] >= 1
     against = [one["worst_against_best_peer"] for one in result["comparisons"] if one["budgets_compared"]]
     assert result["worst_against_best_peer"] == max(against)
     assert result["budgets_ahead"] in {0.0, 1.0}
