@@ -118,7 +118,7 @@ class _Hook:
     def __init__(self, call: Callable[[], None]) -> None:
         self._call = call
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch._disable_dynamo  # as torch.compiler.disable, which would import torch._dynamo here
     def __call__(self, *_: Any) -> None:
         self._call()
 

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from demo_arms import Process, process_tree
 
 GRACE_SECONDS = 10.0
+_PRELOADED = ["support", "gradckpt_dist", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"]
 INTERRUPTED = """
 import time
 try:
@@ -55,11 +56,15 @@ def run_distributed_test(
         RankError: the tracebacks of the ranks that failed, the first one first; which ranks died without one; which
             were still running at the end.
     """
-    context = multiprocessing.get_context("spawn")
-    file = Path(inspect.getfile(func))
+    # Ranks are forked from a process that has imported torch and what comes with it, which takes seconds, once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    file, environment = Path(inspect.getfile(func)), dict(os.environ)
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            context.Process(target=_run_rank, args=(str(file), func.__name__, rank, world_size, folder, args))
+            context.Process(
+                target=_run_rank, args=(environment, str(file), func.__name__, rank, world_size, folder, args)
+            )
             for rank in range(world_size)
         ]
         for process in ranks:
@@ -173,7 +178,11 @@ def _wait(ranks: list[Any], folder: Path, timeout_seconds: float, may_die: Colle
         raise RankError("\n".join(wrong))
 
 
-def _run_rank(file: str, name: str, rank: int, world_size: int, folder: str, args: tuple[Any, ...]) -> None:
+def _run_rank(
+    environment: dict[str, str], file: str, name: str, rank: int, world_size: int, folder: str, args: tuple[Any, ...]
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
     torch.set_num_threads(1)
     try:
         func = getattr(_load(file), name)

@@ -11,9 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo import mark_dynamic
-from torch._functorch import config as functorch_config
-from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
 _ALIGNMENT = 64
 _MOST_ELEMENTS = 2**31 - 1
@@ -39,17 +36,23 @@ class DirectKernel:
             return self._compiled(*tensors)
         for tensor in tensors:
             if tensor.dim() > 1:
-                mark_dynamic(tensor, 0)
+                torch._dynamo.mark_dynamic(tensor, 0)
         result = self._compiled(*tensors)
         self._state = _DIRECT if self._agrees(tensors, result) else _COMPILED
         return result
 
     def _backend(self, graph: Any, inputs: Any) -> Any:
+        # Imported here: it takes a second, and not every run compresses.
+        from torch._functorch import config  # noqa: PLC0415
+        from torch._inductor.compile_fx import compile_fx  # noqa: PLC0415
+
         # From autograd's cache the function would come without what inductor has made of it.
-        with functorch_config.patch(enable_autograd_cache=False):
+        with config.patch(enable_autograd_cache=False):
             return compile_fx(graph, inputs, inner_compile=self._compile_inner, config_patches=self._options)
 
     def _compile_inner(self, graph: Any, inputs: Sequence[Any], **options: Any) -> Any:
+        from torch._inductor.compile_fx import compile_fx_inner  # noqa: PLC0415
+
         code = compile_fx_inner(graph, inputs, **options)
         if self._state is not _UNTRIED:
             return code  # made anew for what guards did not let pass; what was compared stays

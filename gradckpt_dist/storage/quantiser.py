@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo import config as dynamo_config
 from torch.overrides import _pop_mode_temporarily as without_function_mode
 from torch.utils._python_dispatch import _pop_mode_temporarily as without_dispatch_mode
 
@@ -116,7 +115,7 @@ class _Kernel:
 
 
 def _compile(function: Callable[..., Any], options: dict[str, Any] | None) -> DirectKernel:
-    if dynamo_config.disable:
+    if torch._dynamo.config.disable:
         raise RuntimeError("it has been disabled")
     return DirectKernel(function, options)
 
