@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable would import all of torch._dynamo
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -118,7 +119,7 @@ class _Hook:
     def __init__(self, call: Callable[[], None]) -> None:
         self._call = call
 
-    @torch._disable_dynamo  # as torch.compiler.disable, which would import torch._dynamo here
+    @_disable_dynamo
     def __call__(self, *_: Any) -> None:
         self._call()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from gradckpt_dist.errors import MaskError
 
@@ -87,9 +87,15 @@ class Mask:
         """
         if len(codes) != len(blocks):
             raise MaskError(f"a mask of {len(blocks)} blocks has {len(blocks)} codes, not {len(codes)}")
-        if max(codes, default=0) >= len(STORAGE_NAMES):
-            raise MaskError(f"storage code {max(codes)} is not in 0..{len(STORAGE_NAMES) - 1}")
-        return cls(blocks=tuple(blocks), storages=tuple(map(STORAGE_NAMES.__getitem__, codes)), epoch=epoch)
+        return cls(blocks=tuple(blocks), storages=_decoded(codes), epoch=epoch)
+
+
+@lru_cache(maxsize=8)
+def _decoded(codes: bytes) -> tuple[str, ...]:
+    """The storages of these codes; most decisions bring those of the one before."""
+    if max(codes, default=0) >= len(STORAGE_NAMES):
+        raise MaskError(f"storage code {max(codes)} is not in 0..{len(STORAGE_NAMES) - 1}")
+    return tuple(map(STORAGE_NAMES.__getitem__, codes))
 
 
 def _abridged(names: Sequence[str], limit: int = 6) -> str:

@@ -24,7 +24,13 @@ import torch.distributed as dist
 from demo_arms import Process, process_tree
 
 GRACE_SECONDS = 10.0
-_PRELOADED = ["support", "gradckpt_dist", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"]
+_PRELOADED = [
+    "support",
+    "gradckpt_dist",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+]
 INTERRUPTED = """
 import time
 try:

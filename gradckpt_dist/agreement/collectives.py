@@ -227,12 +227,15 @@ class GroupAgreement(Agreement):
 
     def _vector(self, values: Sequence[float]) -> torch.Tensor:
         """Float64 on the device. An array is read without looking at each number's type twice, as torch.tensor does."""
-        return torch.frombuffer(array("d", values), dtype=torch.float64).to(self._device, non_blocking=True)
+        return self._on_device(torch.frombuffer(array("d", values), dtype=torch.float64))
 
     def _new_message(self, decision: Decision | None, blocks: int) -> torch.Tensor:
         if decision is None:
             return torch.empty(message_bytes(blocks), dtype=torch.uint8, device=self._device)
-        return encode(decision).to(self._device, non_blocking=True)
+        return self._on_device(encode(decision))
+
+    def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self._stream is None else tensor.to(self._device, non_blocking=True)
 
     def _finish(self, tensor: torch.Tensor, work: dist.Work) -> torch.Tensor:
         if self._stream is None:

@@ -6,6 +6,7 @@ import hashlib
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -54,4 +55,9 @@ def decode(message: torch.Tensor, blocks: Sequence[str]) -> Decision:
 
 
 def _checksum(body: bytes, blocks: Sequence[str]) -> bytes:
-    return hashlib.blake2b(body + "\n".join(blocks).encode(), digest_size=_CHECKSUM_BYTES).digest()
+    return hashlib.blake2b(body, digest_size=_CHECKSUM_BYTES, key=_names_digest(tuple(blocks))).digest()
+
+
+@lru_cache(maxsize=8)
+def _names_digest(blocks: tuple[str, ...]) -> bytes:
+    return hashlib.blake2b("\n".join(blocks).encode(), digest_size=_CHECKSUM_BYTES).digest()

@@ -123,7 +123,7 @@ def _measure(rank: int, decisions: int) -> dict[str, Any]:
     sums, maxima = _vectors()
     agreement = GroupAgreement(range(dist.get_world_size()), torch.device("cpu"), timeout_seconds=120)
     mask = Mask(blocks=tuple(f"layers.{index}" for index in range(BLOCKS)), storages=("recompute",) * BLOCKS)
-    counter = _Collectives()
+    counter, training = _Collectives(), _Training()
     exposed: list[float] = []
     cpu: list[float] = []
     whole: list[float] = []
@@ -131,7 +131,8 @@ def _measure(rank: int, decisions: int) -> dict[str, Any]:
         if step == _WARM_UPS:
             counter.reset()
             exposed, cpu, whole = [], [], []
-        turn = _Turn(agreement, mask, step)
+        turn = _Turn(agreement, training, mask, step)
+        training.step()
         dist.barrier()
         started = time.perf_counter()
         mask = turn.take(sums.clone(), maxima)
@@ -157,11 +158,30 @@ def _measure(rank: int, decisions: int) -> dict[str, Any]:
     }
 
 
-class _Turn:
-    """One decision, with a sleep in the place of each training step."""
+class _Training:
+    """Stands in for training between two boundaries: a host that waits for its device, then has work to give to torch.
 
-    def __init__(self, agreement: GroupAgreement, mask: Mask, step: int) -> None:
+    A host that has only slept would find none of its code in the caches, as it does in no training.
+    """
+
+    def __init__(self) -> None:
+        self._model = nn.TransformerEncoderLayer(128, nhead=4, dim_feedforward=256, dropout=0.0, batch_first=True)
+        self._optimizer = torch.optim.AdamW(self._model.parameters())
+        self._batch = torch.randn(2, 64, 128)
+
+    def step(self) -> None:
+        time.sleep(_REAL_STEP_SECONDS)
+        self._model(self._batch).square().mean().backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+
+class _Turn:
+    """One decision, and the training meanwhile."""
+
+    def __init__(self, agreement: GroupAgreement, training: _Training, mask: Mask, step: int) -> None:
         self._agreement = agreement
+        self._training = training
         self._mask = mask
         self._step = step
         self.exposed_seconds = self.cpu_seconds = 0.0
@@ -169,11 +189,11 @@ class _Turn:
     def take(self, sums: torch.Tensor, maxima: list[float]) -> Mask:
         agreement, epoch = self._agreement, self._mask.epoch
         self._spend(lambda: agreement.launch(sums, maxima, self._step, epoch))
-        time.sleep(_REAL_STEP_SECONDS)
+        self._training.step()
         self._spend(agreement.collect)
         decision = self._decision()
         self._spend(lambda: agreement.announce(decision, BLOCKS, self._step))
-        time.sleep(_REAL_STEP_SECONDS)
+        self._training.step()
         received: Decision = self._spend(lambda: agreement.receive(self._mask.blocks, epoch))
         return received.mask
 
