@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
+import torch._inductor.compile_fx  # here, as it sets environment variables and makes tensors when it is imported
 import torch.distributed as dist
 from torch.nn.modules import module as modules
 
