@@ -28,6 +28,12 @@ engine.disable()
 print(json.dumps([imported, loaded(), engine.stats()["decisions"]]))
 """
 
+COMPILERS = """
+import json, sys
+import gradckpt_dist
+print(json.dumps([name in sys.modules for name in ("torch", "torch._dynamo", "torch._inductor", "sympy")]))
+"""
+
 PATCHED = """
 import json, sys
 import accelerate, accelerate.utils.fsdp_utils, deepspeed, torch, transformers.modeling_layers
@@ -68,6 +74,10 @@ def test_no_framework_is_imported_unless_used() -> None:
     imported, after_training, decisions = _run(UNUSED)
     assert imported == after_training == []
     assert decisions == 1
+
+
+def test_no_compiler_is_imported_until_something_is_compiled() -> None:
+    assert _run(COMPILERS) == [True, False, False, False]
 
 
 def test_no_framework_is_patched_by_an_import() -> None:
