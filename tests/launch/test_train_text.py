@@ -46,7 +46,9 @@ def test_one_process_writes_start_steps_and_validation(tmp_path: Path) -> None:
     assert all(line["seconds"] == line["ended"] - line["started"] for line in lines if line["event"] == "step")
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp1", "fsdp2"])
+@pytest.mark.parametrize(
+    "parallel", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "fsdp1")), "fsdp2"]
+)
 def test_resumed_run_equals_an_unbroken_one_bitwise(tmp_path: Path, parallel: str) -> None:
     common = ["--parallel", parallel, "--accumulate", "2", "--dropout", "0.2"]
     unbroken = train(tmp_path / "unbroken.jsonl", *common, "--steps", "4", "--validate-every", "2")
