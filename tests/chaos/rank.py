@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.compile_fx  # in the parent of all ranks: it takes seconds
 import torch.distributed as dist
 from faults import STEPS, Plan, arrange, full_disk
 from torch import Tensor, nn
