@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +23,7 @@ class Choice(Protocol):
     def early(self) -> bool:
         """Whether it may be asked before, too, about what nothing in the forward has any more."""
 
-    def role(self, tensor: Tensor, saved: Sequence[Tensor]) -> Role | None:
+    def role(self, tensor: Tensor, saved: Iterable[Tensor]) -> Role | None:
         """ACTIVATION or ATTENDED, one of the tensors that were ``saved``; None for what has to stay as it is."""
 
     @property
@@ -41,9 +41,9 @@ class SeenOperations:
     def early(self) -> bool:
         return True
 
-    def role(self, tensor: Tensor, saved: Sequence[Tensor]) -> Role | None:
+    def role(self, tensor: Tensor, saved: Iterable[Tensor]) -> Role | None:
         role = self._lineage.role(tensor)
-        return role if role in {Role.ACTIVATION, Role.ATTENDED} else None
+        return role if role is Role.ACTIVATION or role is Role.ATTENDED else None
 
     @property
     def recipes(self) -> Recipes | None:
@@ -72,7 +72,7 @@ class UnseenOperations:
     def early(self) -> bool:
         return False
 
-    def role(self, tensor: Tensor, saved: Sequence[Tensor]) -> Role | None:
+    def role(self, tensor: Tensor, saved: Iterable[Tensor]) -> Role | None:
         if tensor.untyped_storage()._cdata in self._excluded or is_parameter(tensor) or self._is_cast(tensor):
             return None
         return Role.ATTENDED if self._is_attended(tensor, saved) else Role.ACTIVATION
@@ -85,7 +85,7 @@ class UnseenOperations:
         dtypes = {dtype for shape, dtype in self._weights if shape == tuple(tensor.shape)}
         return bool(dtypes) and tensor.dtype not in dtypes
 
-    def _is_attended(self, tensor: Tensor, saved: Sequence[Tensor]) -> bool:
+    def _is_attended(self, tensor: Tensor, saved: Iterable[Tensor]) -> bool:
         return tensor.dim() == _ATTENTION_DIMENSIONS and any(
             other.dim() == _ATTENTION_DIMENSIONS - 1
             and other.dtype == torch.float32

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import nullcontext
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from gradckpt_dist.storage.base import Forward
@@ -14,6 +15,7 @@ from gradckpt_dist.storage.compiled import is_compiled
 from gradckpt_dist.storage.deferred import STATISTIC_FRACTION, DeferredCall, Place, derive, refuse_transforms
 from gradckpt_dist.storage.lineage import Lineage, Role
 from gradckpt_dist.storage.lossy import Lossy
+from gradckpt_dist.storage.noise import NoiseSource
 from gradckpt_dist.storage.quantiser import DTYPES, plain_torch
 from gradckpt_dist.storage.recipe import Key
 
@@ -38,10 +40,14 @@ class Compress8(Lossy):
     reruns = False
     bits = 8
 
+    def __init__(self, block: nn.Module, noise: NoiseSource) -> None:
+        super().__init__(block, noise)
+        self._modules = tuple(block.modules())
+
     def run(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         refuse_transforms(self.name)
         inputs = tree_leaves((args, kwargs))
-        lineage = None if is_compiled(self.block) else Lineage(self.block, inputs)
+        lineage = None if is_compiled(self.block) else Lineage(self._modules, inputs)
         choice = SeenOperations(lineage) if lineage is not None else UnseenOperations(self.block, inputs)
         call = CompressedCall(self, choice)
         with call.hooks(), lineage or nullcontext():
@@ -97,7 +103,7 @@ class CompressedCall(DeferredCall):
 
     def _hold(self, saved: dict[Key, Place], settled: list[tuple[Key, Place]]) -> None:
         """Of the places that are ``saved``, hold those that are ``settled``."""
-        roles = self._roles([place for _, place in settled], list(saved.values()))
+        roles = self._roles([place for _, place in settled], saved.values())
         # What is made of others goes first: codes are the more memory while their originals are there.
         coded = {
             place: role
@@ -108,16 +114,15 @@ class CompressedCall(DeferredCall):
         for place, role in coded.items():
             place.compress(_ATTENTION_BITS[self._bits] if role is Role.ATTENDED else self._bits, self._noise)
 
-    def _roles(self, places: list[Place], saved: list[Place]) -> dict[Place, Role]:
+    def _roles(self, places: list[Place], saved: Collection[Place]) -> dict[Place, Role]:
         """Of those that may be compressed; no sample outlives the call."""
-        samples = [place.sample for place in saved if place.sample is not None]
         self._largest_bytes = max(self._largest_bytes, *(place.sample_bytes for place in saved), 0)
         found = {}
         for place in places:
             sample = place.sample
             if sample is None or place.as_is or not _is_compressible(sample, self._largest_bytes * STATISTIC_FRACTION):
                 continue
-            role = self._choice.role(sample, samples)
+            role = self._choice.role(sample, (other.sample for other in saved if other.sample is not None))
             if role is not None:
                 found[place] = role
         return found

@@ -185,19 +185,21 @@ class DeferredCall:
         return saved_tensors_hooks(self._pack, _unpack)
 
     def before_saving(self) -> None:
-        """Something is about to be saved."""
+        """Something else than parameters and what is saved already is about to be saved."""
 
     def _pack(self, tensor: Tensor) -> _Saved:
-        self.before_saving()
+        if is_parameter(tensor):
+            # The object itself: ZeRO-3 swaps the memory behind it.
+            return _Saved(self._lossy, tensor, VersionCheck(tensor, tensor), None, tensor)
         if type(tensor) is not Tensor:
+            self.before_saving()
             return self._held(tensor)
+        if tensor.layout is not torch.strided or _key(tensor) not in self._places:
+            self.before_saving()
         with _DisableTorchDispatch():  # nothing of ours is one of the block's operations
             return self._held(tensor)
 
     def _held(self, tensor: Tensor) -> _Saved:
-        if is_parameter(tensor):
-            # The object itself: ZeRO-3 swaps the memory behind it.
-            return _Saved(self._lossy, tensor, VersionCheck(tensor, tensor), None, tensor)
         # An output that kept its history would keep the node that saves it alive, and itself with it.
         tensor = tensor.detach()
         part = arrived(tensor)
@@ -234,12 +236,11 @@ class DeferredCall:
         return alive
 
     def _place(self, tensor: Tensor, check: VersionCheck) -> Place:
-        storage = tensor.untyped_storage()
-        key = (storage._cdata, tensor._version)
+        key = _key(tensor)
         place = self._places[key][1]() if key in self._places else None
         if place is None:
             place = Place(tensor, check, self._account)
-            self._places[key] = (StorageWeakRef(storage), weakref.ref(place))  # type: ignore[no-untyped-call]
+            self._places[key] = (StorageWeakRef(tensor.untyped_storage()), weakref.ref(place))  # type: ignore[no-untyped-call]
             self._in_use[key] = None
         place.unread += 1
         return place
@@ -295,6 +296,10 @@ def _uses(tensor: Tensor) -> int:
 @cache
 def _least_uses() -> int:
     return _uses(torch.empty(1))
+
+
+def _key(tensor: Tensor) -> Key:
+    return tensor.untyped_storage()._cdata, tensor._version
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -25,11 +25,15 @@ from gradckpt_dist.storage.parts import part_of
 
 def is_parameter(tensor: torch.Tensor) -> bool:
     """Whether this is a parameter or a view of one, sharded and gathered ones (FSDP, ZeRO-3) included."""
-    return any(
-        isinstance(candidate, nn.Parameter) or hasattr(candidate, "ds_id")
-        for candidate in (tensor, tensor._base)
-        if candidate is not None
-    )
+    base = tensor._base
+    return _is_parameter_itself(tensor) or (base is not None and _is_parameter_itself(base))
+
+
+def _is_parameter_itself(tensor: torch.Tensor) -> bool:
+    # What isinstance says, for plain tensors without its detour through Python.
+    if type(tensor) is torch.Tensor:
+        return hasattr(tensor, "ds_id") or getattr(tensor, "_is_param", False)
+    return isinstance(tensor, nn.Parameter) or hasattr(tensor, "ds_id")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,15 +36,17 @@ class Lineage(CheapOperations):  # type: ignore[no-untyped-call]
     has kept from another block, a table that is an attribute of a module.
     """
 
-    def __init__(self, block: nn.Module, inputs: Iterable[Any]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], inputs: Iterable[Any]) -> None:
+        """``modules``: the block and all inside it."""
         super().__init__()
         self._roles: dict[int, Role] = {}
         for leaf in inputs:
             if _has_storage(leaf):
                 self._roles[_key(leaf)] = Role.ACTIVATION if leaf.requires_grad else Role.OTHER
-        for weight in (*block.parameters(), *block.buffers()):
-            if _has_storage(weight):
-                self._roles[_key(weight)] = Role.WEIGHT
+        for module in modules:
+            for weight in (*module._parameters.values(), *module._buffers.values()):
+                if _has_storage(weight):
+                    self._roles[_key(weight)] = Role.WEIGHT
 
     def role(self, tensor: Tensor) -> Role | None:
         """Of the storage of ``tensor``; None where it is unknown."""
@@ -53,21 +55,22 @@ class Lineage(CheapOperations):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if _is_view(func):
+        looks, attends = _traits(func)
+        if looks:
             return result
         self.recipes.note(func, args, kwargs, result)
         inputs = [(_key(tensor), tensor) for tensor in _operands((*args, *kwargs.values()) if kwargs else args)]
         outputs = (result,) if isinstance(result, Tensor) else result
         if isinstance(outputs, (tuple, list)):
             self._note(inputs, outputs)
-        if _is_attention(func):
+        if attends:
             for key, _ in inputs[:3]:
                 if self._roles.get(key) is Role.ACTIVATION:
                     self._roles[key] = Role.ATTENDED
         return result
 
     def _note(self, inputs: list[tuple[int, Tensor]], outputs: Iterable[Any]) -> None:
-        existing = {key for key, _ in inputs}
+        existing = [key for key, _ in inputs]
         role = self._derived(inputs)
         for position, tensor in enumerate(outputs):
             if not _has_storage(tensor):
@@ -81,14 +84,21 @@ class Lineage(CheapOperations):  # type: ignore[no-untyped-call]
 
     def _derived(self, inputs: list[tuple[int, Tensor]]) -> Role:
         """The role of what is made of these."""
-        floating = [(key, tensor) for key, tensor in inputs if tensor.is_floating_point() or tensor.is_complex()]
-        roles = {self._roles.get(key) or _input_role(tensor) for key, tensor in floating}
-        if Role.ACTIVATION in roles or Role.ATTENDED in roles:
-            return Role.ACTIVATION
-        if roles == {Role.WEIGHT}:
+        roles = []
+        trains = False
+        for key, tensor in inputs:
+            if not (tensor.is_floating_point() or tensor.is_complex()):
+                continue
+            role = self._roles.get(key) or _input_role(tensor)
+            if role is Role.ACTIVATION or role is Role.ATTENDED:
+                return Role.ACTIVATION
+            roles.append(role)
+            trains |= tensor.requires_grad
+        if Role.WEIGHT not in roles:
+            return Role.OTHER
+        if Role.OTHER not in roles:
             return Role.WEIGHT
-        trains = any(tensor.requires_grad for _, tensor in floating)
-        return Role.ACTIVATION if trains and Role.WEIGHT in roles else Role.OTHER
+        return Role.ACTIVATION if trains else Role.OTHER
 
 
 def _input_role(tensor: Tensor) -> Role:
@@ -108,22 +118,19 @@ def _operands(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 @cache
-def _is_view(func: Any) -> bool:
-    """Whether it does nothing but look at what its arguments hold, so that no storage is made or written to."""
+def _traits(func: Any) -> tuple[bool, bool]:
+    """Whether it only looks at what its arguments hold, so that no storage is made or written to; and is attention."""
     returns = func._schema.returns if isinstance(func, OpOverload) else ()
-    return bool(returns) and all(value.alias_info is not None and not value.alias_info.is_write for value in returns)
-
-
-@cache
-def _is_attention(func: Any) -> bool:
-    return "attention" in str(func)
+    aliases = [value.alias_info is not None and not value.alias_info.is_write for value in returns]
+    return bool(aliases) and all(aliases), "attention" in str(func)
 
 
 def _has_storage(value: Any) -> bool:
     if not isinstance(value, Tensor):
         return False
     part = part_of(value)
-    return type(part) in {Tensor, nn.Parameter} and part.layout is torch.strided
+    kind = type(part)
+    return (kind is Tensor or kind is nn.Parameter) and part.layout is torch.strided
 
 
 def _key(tensor: Tensor) -> int:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.overrides import _pop_mode_temporarily as without_function_mode
-from torch.utils._python_dispatch import _pop_mode_temporarily as without_dispatch_mode
+from torch import Tensor, overrides
+from torch.utils import _python_dispatch
 
 from gradckpt_dist.errors import StorageError
 from gradckpt_dist.storage import kernels
@@ -153,7 +152,7 @@ def plain_torch() -> AbstractContextManager[None]:
     """No gradients, no autocast and no modes of the caller's: torch.compile would make a graph for each such state."""
     autocast = [device for device in _autocast_devices() if torch.is_autocast_enabled(device)]
     if autocast or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
-        return _without_modes(autocast)
+        return _WithoutModes(autocast)
     return torch.no_grad() if torch.is_grad_enabled() else _AS_IT_IS
 
 
@@ -162,14 +161,31 @@ def _autocast_devices() -> tuple[str, ...]:
     return "cpu", torch._C._get_accelerator().type
 
 
-@contextmanager
-def _without_modes(autocast: list[str]) -> Iterator[None]:
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        for device in autocast:
-            stack.enter_context(torch.autocast(device, enabled=False))
+class _WithoutModes:
+    """Not written with ``contextlib``, as it is entered several times in each block's forward."""
+
+    __slots__ = ("_autocast", "_dispatch_modes", "_function_modes", "_gradients")
+
+    def __init__(self, autocast: list[str]) -> None:
+        self._autocast = autocast
+        self._dispatch_modes: list[Any] = []
+        self._function_modes: list[Any] = []
+
+    def __enter__(self) -> None:
+        self._gradients = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        for device in self._autocast:
+            torch.set_autocast_enabled(device, False)
         while torch._C._len_torch_dispatch_stack():
-            stack.enter_context(without_dispatch_mode())
+            self._dispatch_modes.append(_python_dispatch._pop_mode())
         while torch._C._len_torch_function_stack():
-            stack.enter_context(without_function_mode())
-        yield
+            self._function_modes.append(overrides._pop_mode())
+
+    def __exit__(self, *exception: object) -> None:
+        while self._function_modes:
+            overrides._push_mode(self._function_modes.pop())
+        while self._dispatch_modes:
+            _python_dispatch._push_mode(self._dispatch_modes.pop())
+        for device in self._autocast:
+            torch.set_autocast_enabled(device, True)
+        torch._C._set_grad_enabled(self._gradients)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -101,7 +101,7 @@ class _Roles:
     def early(self) -> bool:
         return False
 
-    def role(self, tensor: Tensor, saved: Sequence[Tensor]) -> Role | None:
+    def role(self, tensor: Tensor, saved: Iterable[Tensor]) -> Role | None:
         return self._roles.get(storage_key(tensor))
 
     @property

@@ -20,7 +20,7 @@ _NEIGHBOURHOOD = 16  # around the best plan, to begin with
 _NEIGHBOURHOOD_WIDTH = 384
 _SMALLEST_NEIGHBOURHOOD = 6
 _LARGEST_NEIGHBOURHOOD = 64
-_MOST_WORK = 220_000  # in all neighbourhoods; some 50 ms
+_MOST_WORK = 110_000  # in all neighbourhoods; some 50 ms
 
 
 def search(instance: Instance, relaxation: Relaxation, start: Choice) -> tuple[Choice, float]:
