@@ -86,7 +86,6 @@ class CompressedCall(DeferredCall):
         self._choice = choice
         self._bits = storage.bits
         self._noise = storage.noise
-        self._largest_bytes = 0
 
     def seal(self) -> None:
         """End of the forward: no tensor that is still saved stays as it is if it may be held otherwise."""
@@ -116,11 +115,10 @@ class CompressedCall(DeferredCall):
 
     def _roles(self, places: list[Place], saved: Collection[Place]) -> dict[Place, Role]:
         """Of those that may be compressed; no sample outlives the call."""
-        self._largest_bytes = max(self._largest_bytes, *(place.sample_bytes for place in saved), 0)
         found = {}
         for place in places:
             sample = place.sample
-            if sample is None or place.as_is or not _is_compressible(sample, self._largest_bytes * STATISTIC_FRACTION):
+            if sample is None or place.as_is or not _is_compressible(sample, self.largest_bytes * STATISTIC_FRACTION):
                 continue
             role = self._choice.role(sample, (other.sample for other in saved if other.sample is not None))
             if role is not None:

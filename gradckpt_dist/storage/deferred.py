@@ -47,6 +47,7 @@ class Place:
         "_size_bytes",
         "as_is",
         "sample",
+        "sample_bytes",
         "unread",
     )
 
@@ -60,6 +61,8 @@ class Place:
         self._check = check
         self._account = account
         self._size_bytes = tensor.untyped_storage().nbytes()
+        self.sample_bytes = self._size_bytes
+        """Of the storage while it is held as it is; 0 once it is not."""
         self._kept: Kept | None = Kept(self._size_bytes, account)
         self._rest: Quantised | Derivation | None = None
         self._restored: StorageWeakRef | None = None
@@ -74,11 +77,6 @@ class Place:
     def idle(self) -> bool:
         """Whether the sample is all that is left of its storage outside of autograd: nothing will read or write it."""
         return self.sample is not None and _uses(self.sample) <= _least_uses()
-
-    @property
-    def sample_bytes(self) -> int:
-        """Of the storage while it is held as it is; 0 once it is not."""
-        return 0 if self.sample is None else self.sample.untyped_storage().nbytes()
 
     def compress(self, bits: int, noise: NoiseSource) -> None:
         """Hold codes from now on, where all values are finite."""
@@ -136,29 +134,27 @@ class Place:
         self._rest = rest
         self._kept = Kept(rest.size_bytes, self._account)
         self.sample = None
+        self.sample_bytes = 0
 
 
-class _Saved:
-    """A saved tensor: a view of a ``Place``, or without one itself."""
+class _Saved(VersionCheck):
+    """A saved tensor: a view of a ``Place``, or without one its own witness."""
 
-    __slots__ = ("_check", "_layout", "_lossy", "_place", "_shell", "_tensor")
+    __slots__ = ("_layout", "_lossy", "_place", "_shell")
 
-    def __init__(
-        self, lossy: str | None, tensor: Tensor, check: VersionCheck, place: Place | None, witness: Tensor
-    ) -> None:
+    def __init__(self, lossy: str | None, tensor: Tensor, witness: Tensor, place: Place | None = None) -> None:
+        super().__init__(tensor, witness)
         self._lossy = lossy
-        self._check = check
         self._place = place
         self._layout = Layout.of(tensor) if place is not None else None
-        self._tensor = witness
         self._shell = Shell(witness) if place is not None and is_distributed(witness) else None
 
     def tensor(self) -> Tensor:
-        self._check.verify()
+        self.verify()
         if self._lossy is not None:
             refuse_double_backward(self._lossy)
         if self._place is None or self._layout is None:
-            return self._tensor
+            return self._witness
         tensor = self._layout.view(self._place.restored())
         return tensor if self._shell is None else self._shell.around(tensor)
 
@@ -179,6 +175,8 @@ class DeferredCall:
         # The weak references to storages keep their identities from being used again while they are keys.
         self._places: dict[Key, tuple[StorageWeakRef, weakref.ref[Place]]] = {}
         self._in_use: dict[Key, None] = {}
+        self.largest_bytes = 0
+        """Of the storages that were saved."""
 
     def hooks(self) -> saved_tensors_hooks:
         """What is saved under these waits here for ``end``."""
@@ -190,7 +188,7 @@ class DeferredCall:
     def _pack(self, tensor: Tensor) -> _Saved:
         if is_parameter(tensor):
             # The object itself: ZeRO-3 swaps the memory behind it.
-            return _Saved(self._lossy, tensor, VersionCheck(tensor, tensor), None, tensor)
+            return _Saved(self._lossy, tensor, tensor)
         if type(tensor) is not Tensor:
             self.before_saving()
             return self._held(tensor)
@@ -204,13 +202,12 @@ class DeferredCall:
         tensor = tensor.detach()
         part = arrived(tensor)
         if not is_plain(part):
-            return _Saved(self._lossy, tensor, VersionCheck(tensor, tensor), None, tensor)
+            return _Saved(self._lossy, tensor, tensor)
         witness = without_memory(tensor if is_distributed(tensor) else part)
-        check = VersionCheck(tensor, witness)
-        place = self._place(part, check)
+        place = self._place(part, witness)
         if not is_movable(part) or (place.sample is not None and place.sample.dtype != part.dtype):
             place.as_is = True
-        return _Saved(self._lossy, part, check, place, witness)
+        return _Saved(self._lossy, part, witness, place)
 
     def newly_idle(self) -> list[tuple[Key, Place]]:
         """What has become idle since this was last asked."""
@@ -235,11 +232,12 @@ class DeferredCall:
         self._in_use.clear()
         return alive
 
-    def _place(self, tensor: Tensor, check: VersionCheck) -> Place:
+    def _place(self, tensor: Tensor, witness: Tensor) -> Place:
         key = _key(tensor)
         place = self._places[key][1]() if key in self._places else None
         if place is None:
-            place = Place(tensor, check, self._account)
+            place = Place(tensor, VersionCheck(tensor, witness), self._account)
+            self.largest_bytes = max(self.largest_bytes, place.sample_bytes)
             self._places[key] = (StorageWeakRef(tensor.untyped_storage()), weakref.ref(place))  # type: ignore[no-untyped-call]
             self._in_use[key] = None
         place.unread += 1

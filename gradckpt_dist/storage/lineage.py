@@ -41,16 +41,17 @@ class Lineage(CheapOperations):  # type: ignore[no-untyped-call]
         super().__init__()
         self._roles: dict[int, Role] = {}
         for leaf in inputs:
-            if _has_storage(leaf):
-                self._roles[_key(leaf)] = Role.ACTIVATION if leaf.requires_grad else Role.OTHER
+            if (key := _key(leaf)) is not None:
+                self._roles[key] = Role.ACTIVATION if leaf.requires_grad else Role.OTHER
         for module in modules:
             for weight in (*module._parameters.values(), *module._buffers.values()):
-                if _has_storage(weight):
-                    self._roles[_key(weight)] = Role.WEIGHT
+                if (key := _key(weight)) is not None:
+                    self._roles[key] = Role.WEIGHT
 
     def role(self, tensor: Tensor) -> Role | None:
         """Of the storage of ``tensor``; None where it is unknown."""
-        return self._roles.get(_key(tensor))
+        key = _key(tensor)
+        return None if key is None else self._roles.get(key)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -59,7 +60,7 @@ class Lineage(CheapOperations):  # type: ignore[no-untyped-call]
         if looks:
             return result
         self.recipes.note(func, args, kwargs, result)
-        inputs = [(_key(tensor), tensor) for tensor in _operands((*args, *kwargs.values()) if kwargs else args)]
+        inputs = list(_operands((*args, *kwargs.values()) if kwargs else args))
         outputs = (result,) if isinstance(result, Tensor) else result
         if isinstance(outputs, (tuple, list)):
             self._note(inputs, outputs)
@@ -73,9 +74,9 @@ class Lineage(CheapOperations):  # type: ignore[no-untyped-call]
         existing = [key for key, _ in inputs]
         role = self._derived(inputs)
         for position, tensor in enumerate(outputs):
-            if not _has_storage(tensor):
-                continue
             key = _key(tensor)
+            if key is None:
+                continue
             if key not in existing:
                 # What comes second is a statistic, a mask or a random state.
                 self._roles[key] = role if position == 0 else Role.OTHER
@@ -108,13 +109,13 @@ def _input_role(tensor: Tensor) -> Role:
     return Role.ACTIVATION if tensor.requires_grad and not tensor.is_leaf else Role.OTHER
 
 
-def _operands(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among an operation's arguments, lists of tensors included."""
+def _operands(values: Iterable[Any]) -> Iterator[tuple[int, Tensor]]:
+    """Keys and tensors among an operation's arguments, lists of tensors included."""
     for value in values:
         if isinstance(value, (list, tuple)):
             yield from _operands(value)
-        elif _has_storage(value):
-            yield value
+        elif (key := _key(value)) is not None:
+            yield key, value
 
 
 @cache
@@ -125,13 +126,12 @@ def _traits(func: Any) -> tuple[bool, bool]:
     return bool(aliases) and all(aliases), "attention" in str(func)
 
 
-def _has_storage(value: Any) -> bool:
+def _key(value: Any) -> int | None:
+    """Identity of the storage of a strided tensor, or of this rank's part of it; None of anything else."""
     if not isinstance(value, Tensor):
-        return False
+        return None
     part = part_of(value)
     kind = type(part)
-    return (kind is Tensor or kind is nn.Parameter) and part.layout is torch.strided
-
-
-def _key(tensor: Tensor) -> int:
-    return int(part_of(tensor).untyped_storage()._cdata)
+    if (kind is Tensor or kind is nn.Parameter) and part.layout is torch.strided:
+        return int(part.untyped_storage()._cdata)
+    return None

@@ -179,11 +179,11 @@ class _WithoutModes:
         while torch._C._len_torch_dispatch_stack():
             self._dispatch_modes.append(_python_dispatch._pop_mode())
         while torch._C._len_torch_function_stack():
-            self._function_modes.append(overrides._pop_mode())
+            self._function_modes.append(overrides._pop_mode())  # type: ignore[no-untyped-call]
 
     def __exit__(self, *exception: object) -> None:
         while self._function_modes:
-            overrides._push_mode(self._function_modes.pop())
+            overrides._push_mode(self._function_modes.pop())  # type: ignore[no-untyped-call]
         while self._dispatch_modes:
             _python_dispatch._push_mode(self._dispatch_modes.pop())
         for device in self._autocast:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -53,13 +53,16 @@ class Layout:
 
     @classmethod
     def of(cls, tensor: Tensor) -> Layout:
-        return cls(tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride())
+        return _layout(tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride())
 
     def view(self, storage: torch.UntypedStorage) -> Tensor:
         """This part of a storage."""
         return torch.empty(0, dtype=self.dtype, device=storage.device).set_(
             storage, self.offset, self.shape, self.stride
         )
+
+
+_layout = lru_cache(maxsize=1024)(Layout)  # alike for all blocks, step after step
 
 
 class Source(Protocol):
