@@ -134,7 +134,7 @@ def test_bytes_are_those_of_codes_origins_and_scales() -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 6, 4])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf"), -float("inf")])
 def test_on_the_cpu_a_value_that_is_not_finite_is_found(bits: int, bad: float) -> None:
     for size, position in ((4 * CHUNK, 5000), (7, 3)):
         x = torch.randn(size)
@@ -143,7 +143,7 @@ def test_on_the_cpu_a_value_that_is_not_finite_is_found(bits: int, bad: float) -
 
 
 @pytest.mark.parametrize("bits", [8, 6, 4])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_elsewhere_its_group_comes_back_as_nan(bits: int, bad: float, compiled: bool) -> None:
     x = torch.randn(4, GROUP, LANES)
