@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from gradckpt_dist.storage.base import Forward
 from gradckpt_dist.storage.choice import Choice, SeenOperations, UnseenOperations
 from gradckpt_dist.storage.compiled import is_compiled
-from gradckpt_dist.storage.deferred import STATISTIC_FRACTION, DeferredCall, Place, derive, refuse_transforms
+from gradckpt_dist.storage.deferred import DeferredCall, Place, derive, refuse_transforms
 from gradckpt_dist.storage.lineage import Lineage, Role
 from gradckpt_dist.storage.lossy import Lossy
 from gradckpt_dist.storage.noise import NoiseSource
@@ -118,7 +118,7 @@ class CompressedCall(DeferredCall):
         found = {}
         for place in places:
             sample = place.sample
-            if sample is None or place.as_is or not _is_compressible(sample, self.largest_bytes * STATISTIC_FRACTION):
+            if sample is None or place.as_is or not _is_compressible(sample, self.least_bytes):
                 continue
             role = self._choice.role(sample, (other.sample for other in saved if other.sample is not None))
             if role is not None:

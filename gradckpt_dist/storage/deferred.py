@@ -26,7 +26,7 @@ from gradckpt_dist.storage.saved import (
     without_memory,
 )
 
-STATISTIC_FRACTION = 1 / 32
+_STATISTIC_FRACTION = 1 / 32
 """What is smaller, so much smaller than the largest that a block saves, holds a statistic: its bytes do not matter."""
 
 
@@ -47,7 +47,6 @@ class Place:
         "_size_bytes",
         "as_is",
         "sample",
-        "sample_bytes",
         "unread",
     )
 
@@ -61,8 +60,6 @@ class Place:
         self._check = check
         self._account = account
         self._size_bytes = tensor.untyped_storage().nbytes()
-        self.sample_bytes = self._size_bytes
-        """Of the storage while it is held as it is; 0 once it is not."""
         self._kept: Kept | None = Kept(self._size_bytes, account)
         self._rest: Quantised | Derivation | None = None
         self._restored: StorageWeakRef | None = None
@@ -77,6 +74,11 @@ class Place:
     def idle(self) -> bool:
         """Whether the sample is all that is left of its storage outside of autograd: nothing will read or write it."""
         return self.sample is not None and _uses(self.sample) <= _least_uses()
+
+    @property
+    def sample_bytes(self) -> int:
+        """Of the storage while it is held as it is; 0 once it is not."""
+        return 0 if self.sample is None else self._size_bytes
 
     def compress(self, bits: int, noise: NoiseSource) -> None:
         """Hold codes from now on, where all values are finite."""
@@ -134,7 +136,6 @@ class Place:
         self._rest = rest
         self._kept = Kept(rest.size_bytes, self._account)
         self.sample = None
-        self.sample_bytes = 0
 
 
 class _Saved(VersionCheck):
@@ -175,12 +176,16 @@ class DeferredCall:
         # The weak references to storages keep their identities from being used again while they are keys.
         self._places: dict[Key, tuple[StorageWeakRef, weakref.ref[Place]]] = {}
         self._in_use: dict[Key, None] = {}
-        self.largest_bytes = 0
-        """Of the storages that were saved."""
+        self._largest_bytes = 0
 
     def hooks(self) -> saved_tensors_hooks:
         """What is saved under these waits here for ``end``."""
         return saved_tensors_hooks(self._pack, _unpack)
+
+    @property
+    def least_bytes(self) -> float:
+        """Storages below that hold statistics, by the largest that was saved so far."""
+        return self._largest_bytes * _STATISTIC_FRACTION
 
     def before_saving(self) -> None:
         """Something else than parameters and what is saved already is about to be saved."""
@@ -237,7 +242,7 @@ class DeferredCall:
         place = self._places[key][1]() if key in self._places else None
         if place is None:
             place = Place(tensor, VersionCheck(tensor, witness), self._account)
-            self.largest_bytes = max(self.largest_bytes, place.sample_bytes)
+            self._largest_bytes = max(self._largest_bytes, place.sample_bytes)
             self._places[key] = (StorageWeakRef(tensor.untyped_storage()), weakref.ref(place))  # type: ignore[no-untyped-call]
             self._in_use[key] = None
         place.unread += 1

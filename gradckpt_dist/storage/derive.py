@@ -9,7 +9,7 @@ from torch import nn
 from gradckpt_dist.errors import StorageError
 from gradckpt_dist.storage.base import Forward, Storage
 from gradckpt_dist.storage.compiled import is_compiled
-from gradckpt_dist.storage.deferred import STATISTIC_FRACTION, DeferredCall, derive
+from gradckpt_dist.storage.deferred import DeferredCall, derive
 from gradckpt_dist.storage.recipe import CheapOperations
 
 
@@ -41,9 +41,8 @@ class Derive(Storage):
         with call.hooks(), operations:
             result = forward(*args, **kwargs)
         places = call.end()
-        least_bytes = STATISTIC_FRACTION * max((place.sample_bytes for place in places.values()), default=0)
         for key, place in places.items():
-            if not place.as_is and place.sample_bytes >= least_bytes:
+            if not place.as_is and place.sample_bytes >= call.least_bytes:
                 derive(key, place, places, operations.recipes)
         self.account.slack.end_forward()
         return result
