@@ -51,8 +51,9 @@ def _check_moving_mask(framework: str) -> None:
         engine = gradckpt_dist.enable(model, CONFIG | {"policy": policy})
         assert_bitwise(train(model, steps=24), plain)
         assert engine.mask.epoch >= 3
-        # Under either policy: the last block may be kept at whatever peak redoing it would need.
-        assert "keep" in engine.mask.storages
+        # Under either policy: the last block may be kept at whatever peak redoing it would need. Which storages beat
+        # recomputing it is a matter of time.
+        assert set(engine.mask.storages) != {"recompute"}
         engine.disable()
 
 
