@@ -21,9 +21,17 @@ from gradckpt_dist.mask import Mask
 from gradckpt_dist.policy import Evidence
 
 _BYTES_BY_BLOCK = 3
-_TOTALS = 4
+_TOTALS = 5
 _SCALARS = _TOTALS + 2
-_OF_THIS_WORLD = ("held_bytes", "peak_bytes", "outside_bytes", "process_peak_bytes", "available_bytes")
+_OF_THIS_WORLD = (
+    "held_bytes",
+    "peak_bytes",
+    "outside_bytes",
+    "blocks_peak_bytes",
+    "loss_peak_bytes",
+    "loss_bytes",
+    "available_bytes",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +77,17 @@ class Knowledge:
         self.costs = Costs(scope.kinds, scope.storages) if scope.probed else None
         self.errors = ExpectedErrors(scope.kinds, scope.lossy, scope.metric) if scope.probed else None
         self.stored_bytes: dict[str, tuple[int, ...]] = {}
-        self.held_bytes = self.peak_bytes = self.outside_bytes = self.process_peak_bytes = self.available_bytes = 0
+        self.held_bytes = self.peak_bytes = self.outside_bytes = self.available_bytes = 0
+        self.blocks_peak_bytes = self.loss_peak_bytes = self.loss_bytes = 0
         self.forwards_in_flight = 1
         self.plugin_seconds = 0.0
         self._measured_storages: tuple[str, ...] | None = None
         self._costs_table: CostTable | None = None
+
+    @property
+    def process_peak_bytes(self) -> int:
+        """The most that a rank's process has used in the last measured step; 0 before."""
+        return max(self.blocks_peak_bytes, self.loss_peak_bytes)
 
     def update(self, sums: Sequence[float], maxima: Sequence[float], mask: Mask) -> None:
         """Fold in what all ranks sent, as ``Observer`` gives it; ``mask`` was in force while it was measured."""
@@ -172,13 +186,14 @@ class Knowledge:
     def _update_bytes(self, by_block: Sequence[float], totals: Sequence[float], mask: Mask) -> None:
         if not all(0 <= value <= MOST_BYTES for value in (*by_block, *totals)) or not totals[0]:
             return
-        held, peak, process_peak, forwards = (int(value) for value in totals)
+        held, peak, blocks_peak, loss_peak, forwards = (int(value) for value in totals)
         self.forwards_in_flight = max(1, forwards)
         blocks = self._scope.blocks
         keep, recompute, stored = (tuple(map(int, by_block[i * blocks : (i + 1) * blocks])) for i in range(3))
         # A compiled variant does not run what `keep` would: then what was known before stays.
         keep = tuple(new or old for new, old in zip(keep, self.stored_bytes.get("keep", keep), strict=True))
-        self.held_bytes, self.peak_bytes, self.process_peak_bytes = held, peak, process_peak
+        self.held_bytes, self.peak_bytes = held, peak
+        self.blocks_peak_bytes, self.loss_peak_bytes = blocks_peak, loss_peak
         self._measured_storages = mask.storages
         self.outside_bytes = max(0, held - sum(stored))
         self.stored_bytes |= {"keep": keep, "recompute": recompute}
@@ -203,11 +218,17 @@ class Knowledge:
         return self.peak_bytes + headroom - self.budget.reserve_bytes(self.available_bytes)
 
     def _table(self) -> CostTable | None:
-        """With a fixed part such that the measured peak is predicted for the mask that was in force."""
+        """With such a fixed part and such a loss that the measured peaks are predicted for the mask that was in force.
+
+        Where the loss had no peak of its own, it is what it was known to be, or at most what would not have shown.
+        """
         if self.costs is None or self.errors is None or self._measured_storages is None:
             return None
         errors = self.errors.squared(self._scope.metric, self.running.mean_square)
         table = self.costs.table(dict(zip(self._scope.lossy, errors.T, strict=True)), self.stored_bytes)
         table = dataclasses.replace(table, forwards_in_flight=self.forwards_in_flight)
-        predicted = table.peak_bytes_of(table.choice(self._measured_storages))
-        return table.with_fixed_bytes(max(0, self.process_peak_bytes - predicted))
+        choice = table.choice(self._measured_storages)
+        fixed_bytes = max(0, self.blocks_peak_bytes - table.peak_bytes_of(choice))
+        loss_bytes = max(0, self.process_peak_bytes - fixed_bytes - table.held_bytes_of(choice))
+        self.loss_bytes = loss_bytes if self.loss_peak_bytes else min(self.loss_bytes, loss_bytes)
+        return table.beside(fixed_bytes=fixed_bytes, loss_bytes=self.loss_bytes)

@@ -19,10 +19,10 @@ class MemoryMeter(Protocol):
     """Bytes of one rank."""
 
     def begin(self) -> None:
-        """Start of a measured step."""
+        """Forget, where that can be done, what was in use until now."""
 
     def peak_bytes(self) -> int:
-        """The most that was in use since ``begin``; 0 where this cannot be told."""
+        """The most that was in use since ``begin``, or ever; 0 where this cannot be told."""
 
     def available_bytes(self) -> int:
         """What this rank may use in all, what it uses now included."""

@@ -16,6 +16,7 @@ from gradckpt_dist.impact.probe import ProbeStatistics, block_fields
 from gradckpt_dist.impact.weights import GradientWeights
 from gradckpt_dist.knowledge import Scope
 from gradckpt_dist.memory import memory_meter
+from gradckpt_dist.peaks import StepPeaks
 from gradckpt_dist.probing import Prober, ProbeSchedule
 from gradckpt_dist.sampling import Sampler
 from gradckpt_dist.schedule import SAMPLES_PER_WINDOW
@@ -63,14 +64,14 @@ class Observer:
             self._book = CostBook(scope.kinds, scope.storages, clock)
             self._statistics = ProbeStatistics(scope.blocks, scope.lossy, device)
             self.prober = Prober(modules, self._book, self._statistics, clock, context)
-        self.sampler = Sampler(self.impact, self.prober)
+        self._meter = memory_meter(device)
+        self._peaks = StepPeaks(self._meter)
+        self.sampler = Sampler(self.impact, self._peaks, self.prober)
         self._modules = list(modules)
         self._lossy = bool(scope.lossy)
         self._device = device
         self._weights: GradientWeights | None = None
-        self._meter = memory_meter(device)
         self._measurement: Measurement | None = None
-        self._process_peak_bytes = 0
         self._forwards_in_flight = 1
         self._rows = _probed_rows(scope, turns)
         self._samples = self._first_turn = 0
@@ -88,7 +89,7 @@ class Observer:
         A step that is measured has no probe, which would count in the peak.
         """
         if measured:
-            self._meter.begin()
+            self._peaks.begin()
             self.sampler.begin(measured=True)
         else:
             turns = () if self._turns is None else self._turns.turns(self.turn)
@@ -108,7 +109,7 @@ class Observer:
         if measurement is not None:
             self._measurement = measurement
             self._forwards_in_flight = measurement.forwards_in_flight
-            self._process_peak_bytes = self._meter.peak_bytes()
+            self._peaks.end()
 
     def take_sums(self) -> torch.Tensor:
         """For the SUM all-reduce, float64 on the device: the windows of impact, probes and gradients.
@@ -161,10 +162,11 @@ class Observer:
         """Bytes by block and in all; costs."""
         measured, self._measurement = self._measurement, None
         if measured is None:
-            values = [0.0] * (3 * self._blocks + 4)
+            values = [0.0] * (3 * self._blocks + 5)
         else:
             by_block = (*measured.keep_bytes, *measured.recompute_bytes, *measured.stored_bytes)
-            totals = (measured.held_bytes, measured.peak_bytes, self._process_peak_bytes, measured.forwards_in_flight)
+            peaks = (self._peaks.blocks_bytes, self._peaks.loss_bytes)
+            totals = (measured.held_bytes, measured.peak_bytes, *peaks, measured.forwards_in_flight)
             values = [*map(float, (*by_block, *totals))]
         costs = [] if self._book is None else self._book.take_maxima(self._forwards_in_flight)
         old = [] if self._before is None else self._before.maxima

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gradckpt_dist.impact import Impact
+from gradckpt_dist.peaks import StepPeaks
 from gradckpt_dist.probing import Prober, ProbeTurn
 from gradckpt_dist.storage import Forward, Storage
 from gradckpt_dist.storage.ledger import Ledger, Measurement
@@ -14,8 +15,9 @@ from gradckpt_dist.storage.ledger import Ledger, Measurement
 class Sampler:
     """The watch of one engine's blocks, from ``begin`` to ``end``."""
 
-    def __init__(self, impact: Impact, prober: Prober | None = None) -> None:
+    def __init__(self, impact: Impact, peaks: StepPeaks, prober: Prober | None = None) -> None:
         self._impact = impact
+        self._peaks = peaks
         self._prober = prober
         self._ledger: Ledger | None = None
 
@@ -57,6 +59,8 @@ class Sampler:
             output = storage.run(forward, *args, **kwargs)
         else:
             output = self._ledger.run(index, storage, forward, args, kwargs)
+            if index == self._impact.blocks - 1:
+                self._peaks.leave_blocks(output)
         if self._prober is not None:
             self._prober.after(index, call, output)
         self._impact.watch(index, output, (args, kwargs))

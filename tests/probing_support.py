@@ -17,6 +17,8 @@ from gradckpt_dist.cost.kind import kinds_of
 from gradckpt_dist.impact import create_impact
 from gradckpt_dist.impact.expected import ExpectedErrors
 from gradckpt_dist.impact.probe import ProbeStatistics
+from gradckpt_dist.memory import memory_meter
+from gradckpt_dist.peaks import StepPeaks
 from gradckpt_dist.probing import Prober, ProbeTurn
 from gradckpt_dist.runtime import BlockRuntime, Gate
 from gradckpt_dist.sampling import Sampler
@@ -86,7 +88,7 @@ class Probed:
         self.statistics = ProbeStatistics(len(found), self.lossy, CPU)
         self.expected = ExpectedErrors(self.kinds, self.lossy)
         self.prober = Prober(modules, self.book, self.statistics, clock)
-        self.sampler = Sampler(self.impact, self.prober)
+        self.sampler = Sampler(self.impact, StepPeaks(memory_meter(CPU)), self.prober)
         root = model
         self._handles = [
             root.register_forward_pre_hook(self._open, prepend=True),

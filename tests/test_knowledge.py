@@ -8,6 +8,7 @@ import math
 import pytest
 
 from gradckpt_dist import Mask
+from gradckpt_dist.cost import CostTable
 from gradckpt_dist.cost.budget import Budget
 from gradckpt_dist.knowledge import Knowledge, Scope
 
@@ -15,8 +16,8 @@ BLOCKS = ("a", "b")
 SUMS = [1.0, 3.0, 2.0, 1.0]
 EXACT = ("keep", "recompute", "selective")
 HALF = Budget(memory_budget=0.5, reserve=0.05, gradient_tolerance=0.0)
-MEASURED = [100.0, 200.0, 10.0, 20.0, 100.0, 20.0, 150.0, 350.0, 1000.0, 1.0]
-"""By block: keep, recompute, stored; then held, peak, the process's peak, and forwards in flight."""
+MEASURED = [100.0, 200.0, 10.0, 20.0, 100.0, 20.0, 150.0, 350.0, 1000.0, 0.0, 1.0]
+"""By block: keep, recompute, stored; then held, peak, the process's in blocks and in the loss, forwards in flight."""
 
 
 def _mask(*storages: str) -> Mask:
@@ -46,7 +47,7 @@ def test_a_measurement_travels_and_is_folded_in() -> None:
 
 def test_a_window_without_measurement_leaves_the_bytes() -> None:
     knowledge, mask = _knowledge(), _mask("recompute", "recompute")
-    nothing = _maxima([0.0] * 10, 0.5)
+    nothing = _maxima([0.0] * 11, 0.5)
     knowledge.update(SUMS, nothing, mask)
     assert knowledge.evidence(mask).bytes_of(mask.storages) is None
     knowledge.update(SUMS, _maxima(MEASURED), mask)
@@ -56,7 +57,7 @@ def test_a_window_without_measurement_leaves_the_bytes() -> None:
 
 
 @pytest.mark.parametrize("fault", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("position", [0, 8, 9, 10])
+@pytest.mark.parametrize("position", [0, 8, 9, 10, 11])
 def test_bytes_that_a_faulty_rank_made_non_finite_teach_nothing(fault: float, position: int) -> None:
     knowledge, mask = _knowledge(), _mask("keep", "recompute")
     knowledge.update(SUMS, _maxima(MEASURED), mask)
@@ -69,7 +70,7 @@ def test_bytes_that_a_faulty_rank_made_non_finite_teach_nothing(fault: float, po
 
 def test_other_storages_are_known_where_they_were_used() -> None:
     knowledge, mask = _knowledge(), _mask("offload", "recompute")
-    knowledge.update(SUMS, _maxima([100.0, 200.0, 10.0, 20.0, 30.0, 20.0, 50.0, 250.0, 1000.0, 1.0]), mask)
+    knowledge.update(SUMS, _maxima([100.0, 200.0, 10.0, 20.0, 30.0, 20.0, 50.0, 250.0, 1000.0, 0.0, 1.0]), mask)
     assert knowledge.stored_bytes["offload"] == (30, 200)
     assert knowledge.evidence(mask).bytes_of(("offload", "offload")) == 230
 
@@ -102,13 +103,37 @@ def test_costs_make_a_table_with_the_process_beside_the_blocks_as_its_fixed_part
     assert costs.storages == EXACT
     assert costs.extra_seconds.tolist() == [[0.0, 5.0, math.inf]] * 2
     assert costs.held_bytes.tolist() == [[100, 10, 0]] * 2
-    # 100 + 10 held and 90 brought back, in the backward of the second block; what keep needs, too, is left out.
-    assert costs.working_set_bytes.tolist() == [[0, 80, 0]] * 2
+    # 100 + 10 held and 90 on top, in the backward of the second block.
+    assert costs.working_set_bytes.tolist() == [[10, 90, 0]] * 2
     assert costs.peak_bytes_of(costs.choice(mask.storages)) == 1000
-    assert costs.fixed_bytes == 810
+    assert costs.fixed_bytes == 800
     assert evidence.limits is not None
-    least, most = 810 + 20 + 80, 810 + 200
+    least, most = 800 + 20 + 90, 800 + 200 + 10
     assert evidence.limits.peak_bytes == least + (most - least) // 2
+
+
+def _known_costs(measured: list[float], knowledge: Knowledge, mask: Mask) -> CostTable:
+    knowledge.update([*SUMS, *[0.0] * 7], [*_maxima(measured), *_costs(0.5)], mask)
+    costs = knowledge.evidence(mask).costs
+    assert costs is not None
+    return costs
+
+
+def test_the_loss_is_known_once_it_had_the_peak_of_the_step() -> None:
+    knowledge, kept, recomputed = _knowledge(probed=True), _mask("keep", "keep"), _mask("recompute", "recompute")
+    # Blocks: 200 held, 10 on top. The loss: 200 held, 60 on top.
+    costs = _known_costs([*MEASURED[:8], 1010.0, 1060.0, 1.0], knowledge, kept)
+    assert knowledge.process_peak_bytes == costs.peak_bytes_of(costs.choice(kept.storages)) == 1060
+    assert (costs.fixed_bytes, costs.working_set_bytes.tolist()) == (800, [[10, 90, 0], [60, 90, 60]])
+    # Where recomputed blocks have the peak, it is not seen and stays.
+    costs = _known_costs([*MEASURED[:8], 910.0, 0.0, 1.0], knowledge, recomputed)
+    assert costs.peak_bytes_of(costs.choice(kept.storages)) == 1060
+    restored = _knowledge(probed=True)
+    restored.load_state_dict(json.loads(json.dumps(knowledge.state_dict())))
+    assert restored.evidence(kept).process_peak_of(kept.storages) == 1060
+    # Where kept ones have, it cannot be larger than what they need.
+    costs = _known_costs([*MEASURED[:8], 1010.0, 0.0, 1.0], knowledge, kept)
+    assert costs.peak_bytes_of(costs.choice(kept.storages)) == 1010
 
 
 def test_a_block_that_was_never_probed_has_the_bytes_that_the_ledger_counted() -> None:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from gradckpt_dist.impact import Impact, create_impact
+from gradckpt_dist.memory import memory_meter
+from gradckpt_dist.peaks import StepPeaks
 from gradckpt_dist.sampling import Sampler
 from gradckpt_dist.storage import create_storage
 
@@ -17,6 +19,10 @@ SAVED = ROWS * WIDTH * 4
 @pytest.fixture
 def impact() -> Impact:
     return create_impact("norm", 2, torch.device("cpu"))
+
+
+def _sampler(impact: Impact) -> Sampler:
+    return Sampler(impact, StepPeaks(memory_meter(torch.device("cpu"))))
 
 
 def _step(sampler: Sampler) -> None:
@@ -30,7 +36,7 @@ def _step(sampler: Sampler) -> None:
 
 
 def test_impact_only(impact: Impact) -> None:
-    sampler = Sampler(impact)
+    sampler = _sampler(impact)
     sampler.begin(measured=False)
     _step(sampler)
     assert sampler.end() is None
@@ -40,7 +46,7 @@ def test_impact_only(impact: Impact) -> None:
 
 
 def test_bytes_of_a_measured_step(impact: Impact) -> None:
-    sampler = Sampler(impact)
+    sampler = _sampler(impact)
     sampler.begin(measured=True)
     _step(sampler)
     measured = sampler.end()
@@ -54,7 +60,7 @@ def test_bytes_of_a_measured_step(impact: Impact) -> None:
 
 
 def test_impact_is_gathered_where_bytes_cannot_be_counted(impact: Impact) -> None:
-    sampler = Sampler(impact)
+    sampler = _sampler(impact)
     with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
         sampler.begin(measured=True)
         _step(sampler)

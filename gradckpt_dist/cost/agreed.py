@@ -108,12 +108,8 @@ class Costs:
         return _whole_bytes(self.of(index, storage).held_bytes, self.forward_tokens[index])
 
     def working_set_bytes(self, index: int, storage: str) -> int:
-        """On top of what is held, and of what ``keep`` has on top of that, in one call's forward or backward.
-
-        What ``keep`` has, gradients on their way, is part of what a rank holds besides. 0 while not measured.
-        """
-        most, least = (self.of(index, name).working_set_bytes or 0.0 for name in (storage, "keep"))
-        return _whole_bytes(most - least, self.call_tokens[index])
+        """On top of what is held, gradients on their way included, in a call's forward or backward; 0 while unknown."""
+        return _whole_bytes(self.of(index, storage).working_set_bytes, self.call_tokens[index])
 
     def table(
         self,

@@ -62,9 +62,15 @@ class CostTable:
         """[blocks, storages]: whether the storage serves the block."""
         return np.isfinite(self.extra_seconds)
 
-    def with_fixed_bytes(self, fixed_bytes: int) -> CostTable:
-        """The same costs beside other fixed bytes."""
-        return dataclasses.replace(self, fixed_bytes=fixed_bytes)
+    def beside(self, *, fixed_bytes: int, loss_bytes: int) -> CostTable:
+        """The same costs where the rank holds ``fixed_bytes`` besides, and ``loss_bytes`` more while it is in the loss.
+
+        All that blocks hold is there then, as it is when the last block is in backward: its working set is at least
+        ``loss_bytes``.
+        """
+        working = self.working_set_bytes.copy()
+        working[-1] = np.maximum(working[-1], loss_bytes)
+        return dataclasses.replace(self, fixed_bytes=fixed_bytes, working_set_bytes=working)
 
     def choice(self, storages: Sequence[str]) -> Choice:
         """The columns of these storages, one per block.
