@@ -2,11 +2,15 @@
 
 A tensor comes as [chunks, 128, 16], and the 128 values of a group lie 16 apart: code for a CPU then works on 16 groups
 at once, with nothing to add up across a vector. Codes are int32 words of 4 to 8 values of one group, which
-takes fewer instructions than single bytes do. A group's origin is its minimum, in the input's dtype: one of its values,
-hence exact. Its scale is rounded up to what a bfloat16 holds, so that the largest value still has a code. Beside
-float16, which code generation for the CPU does not mix with bfloat16, it is kept as a float32. What is not finite, or
-spans more than half of what a float32 can hold, makes the origin of its group NaN, and with it the whole group when it
-comes back.
+takes fewer instructions than single bytes do. A group's scale is rounded up to what a bfloat16 holds, so that the
+largest value still has a code. Its origin is its minimum, in the input's dtype: one of its values, hence exact. Beside
+float16, which code generation for the CPU does not mix with bfloat16, the scale is kept as a float32.
+
+Of float32 in 8 and 6 bits, the origin is the next whole number of scales below the minimum: one of 16 bits, which
+shares an int32 with the scale, and is exact when multiplied by it. That takes one level, of which 4 bits have too few.
+
+What is not finite, or spans more than half of what a float32 can hold, makes the origin of its group NaN, or the scale
+in such an int32, and with it the whole group when it comes back.
 
 Quantising works on [chunks, 16, rows]: with ``CPU_OPTIONS`` the compiler keeps loops in this order, so that its loops
 for the extremes, the scale and the codes have chunks and lanes in common and become one, whose second read of a chunk
@@ -35,6 +39,8 @@ And multiply and add at once, which rounds once less.
 """
 _SMALLEST_SCALE = 2.0**-126
 """The smallest normal number, whose inverse is finite: constant groups have it too."""
+_MOST_STEPS = 32767
+"""From 0 to an origin that is held as a number of steps."""
 _WIDEST_SPAN = 1.7e38
 _LARGEST = 3.3e38
 _FRACTION_BITS = 27
@@ -60,14 +66,14 @@ def quantise8(x: Tensor) -> Packed:
     """Round to nearest: codes are int32 [chunks, 16, 32] with the lanes innermost in memory, four values a word."""
     values = _in_words(x, 4)
     low, high = _extremes(values)
-    origin, scale, inverse = _affine(low, high, 255)
-    codes = [((value - low[:, :, None]) * inverse + 0.5).to(torch.int32) for value in values]
-    return _word(codes, 8), origin.to(x.dtype), scale.to(_scale_dtype(x.dtype))
+    origin, inverse, held = _grid(low, high, 255, x.dtype)
+    codes = [((value - origin) * inverse + 0.5).to(torch.int32) for value in values]
+    return _word(codes, 8), *held
 
 
-def dequantise8(codes: Tensor, origin: Tensor, scale: Tensor) -> Tensor:
-    """The values of ``quantise8``, [chunks, 128, 16] in the dtype of ``origin``."""
-    return _values(_codes(codes, 8), origin, scale)
+def dequantise8(codes: Tensor, *grid: Tensor) -> Tensor:
+    """The values of ``quantise8``, [chunks, 128, 16] in the dtype that they had."""
+    return _values(_codes(codes, 8), grid)
 
 
 def quantise6(x: Tensor) -> Packed:
@@ -77,18 +83,18 @@ def quantise6(x: Tensor) -> Packed:
     """
     values = _in_words(x, 16)
     low, high = _extremes(values)
-    origin, scale, inverse = _affine(low, high, 63)
-    *codes, last = [((value - low[:, :, None]) * inverse + 0.5).to(torch.int32) for value in values]
+    origin, inverse, held = _grid(low, high, 63, x.dtype)
+    *codes, last = [((value - origin) * inverse + 0.5).to(torch.int32) for value in values]
     words = [_word(codes[5 * n : 5 * n + 5], 6) | (last >> 2 * n & 3) << 30 for n in range(3)]
-    return *words, origin.to(x.dtype), scale.to(_scale_dtype(x.dtype))
+    return *words, *held
 
 
-def dequantise6(first: Tensor, second: Tensor, third: Tensor, origin: Tensor, scale: Tensor) -> Tensor:
-    """The values of ``quantise6``, [chunks, 128, 16] in the dtype of ``origin``."""
+def dequantise6(first: Tensor, second: Tensor, third: Tensor, *grid: Tensor) -> Tensor:
+    """The values of ``quantise6``, [chunks, 128, 16] in the dtype that they had."""
     words = [word.transpose(1, 2) for word in (first, second, third)]
     codes = [word >> shift & 63 for word in words for shift in range(0, 30, 6)]
     last = [(word >> 30 & 3) << 2 * n for n, word in enumerate(words)]
-    return _values([*codes, last[0] | last[1] | last[2]], origin, scale)
+    return _values([*codes, last[0] | last[1] | last[2]], grid)
 
 
 def quantise4(x: Tensor, seed: Tensor) -> Packed:
@@ -98,17 +104,17 @@ def quantise4(x: Tensor, seed: Tensor) -> Packed:
     """
     values = _in_words(x, 8)
     low, high = _extremes(values)
-    origin, scale, inverse = _affine(low, high, 15)
+    origin, inverse, held = _affine(low, high, 15, x.dtype)
     codes = [
-        ((value - low[:, :, None]) * inverse * 2.0**_FRACTION_BITS).to(torch.int32) + noise >> _FRACTION_BITS
+        ((value - origin) * inverse * 2.0**_FRACTION_BITS).to(torch.int32) + noise >> _FRACTION_BITS
         for value, noise in zip(values, _noise(x, seed), strict=True)
     ]
-    return _word(codes, 4), origin.to(x.dtype), scale.to(_scale_dtype(x.dtype))
+    return _word(codes, 4), *held
 
 
-def dequantise4(codes: Tensor, origin: Tensor, scale: Tensor) -> Tensor:
-    """The values of ``quantise4``, [chunks, 128, 16] in the dtype of ``origin``."""
-    return _values(_codes(codes, 4), origin, scale)
+def dequantise4(codes: Tensor, *grid: Tensor) -> Tensor:
+    """The values of ``quantise4``, [chunks, 128, 16] in the dtype that they had."""
+    return _values(_codes(codes, 4), grid)
 
 
 def _in_words(x: Tensor, count: int) -> list[Tensor]:
@@ -140,12 +146,30 @@ def _swapped(bits: Tensor) -> Tensor:
     return bits ^ (bits >> 31 & 0x7FFFFFFF)
 
 
-def _affine(low: Tensor, high: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Origin and scale, float32 [chunks, 16], and the scale's inverse, [chunks, 16, 1]."""
+def _grid(low: Tensor, high: Tensor, levels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Packed]:
+    """Origin and inverse of the scale, float32 [chunks, 16, 1]; then how they are held, [chunks, 16]."""
+    if dtype != torch.float32:
+        return _affine(low, high, levels, dtype)
     span = high - low
-    scale = _rounded_up((span * (1 / levels)).clamp(min=_SMALLEST_SCALE))
-    origin = torch.where((span <= _WIDEST_SPAN) & (high <= _LARGEST), low, torch.nan)
-    return origin, scale, _once(1 / scale)[:, :, None]
+    least = (low.abs() * (1 / _MOST_STEPS)).clamp(min=_SMALLEST_SCALE)
+    scale = _rounded_up(torch.maximum(span * (1 / (levels - 1)), least))
+    inverse = 1 / scale
+    steps = (low * inverse).floor()
+    origin = steps * scale
+    word = _or_nan(scale, low, high).view(torch.int32) | steps.to(torch.int32) & 0xFFFF
+    return _once(origin)[:, :, None], _once(inverse)[:, :, None], (word,)
+
+
+def _affine(low: Tensor, high: Tensor, levels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Packed]:
+    """As ``_grid``, with the minimum as origin, held in ``dtype``."""
+    scale = _rounded_up(((high - low) * (1 / levels)).clamp(min=_SMALLEST_SCALE))
+    held = _or_nan(low, low, high).to(dtype), scale.to(_scale_dtype(dtype))
+    return low[:, :, None], _once(1 / scale)[:, :, None], held
+
+
+def _or_nan(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """``x``, but NaN for groups that cannot be held."""
+    return torch.where((high - low <= _WIDEST_SPAN) & (high <= _LARGEST) & (low >= -_LARGEST), x, torch.nan)
 
 
 def _rounded_up(x: Tensor) -> Tensor:
@@ -174,9 +198,15 @@ def _codes(words: Tensor, bits: int) -> list[Tensor]:
     return [words >> shift & (1 << bits) - 1 for shift in range(0, 32, bits)]
 
 
-def _values(codes: list[Tensor], origin: Tensor, scale: Tensor) -> Tensor:
+def _values(codes: list[Tensor], grid: Packed) -> Tensor:
+    origin, scale = grid if len(grid) == 2 else _unpacked_grid(*grid)
     origin, scale = origin[:, None], scale[:, None]
     return torch.stack([_value(code, origin, scale) for code in codes], 2).view(-1, GROUP, LANES)
+
+
+def _unpacked_grid(word: Tensor) -> Packed:
+    scale = (word >> 16 << 16).view(torch.float32)
+    return (word << 16 >> 16).float() * scale, scale
 
 
 def _value(codes: Tensor, origin: Tensor, scale: Tensor) -> Tensor:

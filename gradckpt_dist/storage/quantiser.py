@@ -44,7 +44,10 @@ def quantise(tensor: Tensor, bits: int, noise: NoiseSource) -> Quantised | None:
 
     8 and 6 bits round to nearest, which errs by half a level at most; 4 bits round stochastically, by less than a level
     and without bias, with a seed from ``noise``. A level is (max - min) / (2^bits - 1) of 128 values, and up to 1 %
-    more. A tensor that holds a value that is not finite, or spans over 1.7e38 within a group, gives None on the CPU;
+    more. Of a float32 in 8 and 6 bits it is (max - min) / (2^bits - 2), or |min| / 32767 if that is more, up to 1 %
+    more, and zero is exact where a group holds it.
+
+    A tensor that holds a value that is not finite, or spans over 1.7e38 within a group, gives None on the CPU;
     elsewhere finding out would wait for the device, and the whole group comes back as NaN.
 
     Raises:
@@ -59,8 +62,7 @@ def quantise(tensor: Tensor, bits: int, noise: NoiseSource) -> Quantised | None:
         if bits == 4:
             inputs.append(torch.full((1,), noise.draw(), dtype=torch.int32, device=tensor.device))
         packed = _KERNELS[bits].quantise(*inputs)
-        *_, origin, _ = packed
-        if tensor.device.type == "cpu" and _holds_nan(origin):
+        if tensor.device.type == "cpu" and _holds_nan(packed):
             return None
         return Quantised(packed=packed, bits=bits, shape=tensor.shape)
 
@@ -143,9 +145,11 @@ def _chunked(tensor: Tensor) -> Tensor:
     return flat.view(-1, kernels.GROUP, kernels.LANES)
 
 
-def _holds_nan(origin: Tensor) -> bool:
+def _holds_nan(packed: kernels.Packed) -> bool:
     """In one pass: a maximum is NaN if any value is."""
-    return origin.numel() > 0 and bool(origin.max().isnan())
+    last = packed[-1]
+    marked = last.view(torch.float32) if last.dtype == torch.int32 else packed[-2]
+    return marked.numel() > 0 and bool(marked.max().isnan())
 
 
 def plain_torch() -> AbstractContextManager[None]:

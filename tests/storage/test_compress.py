@@ -41,9 +41,9 @@ class Function(nn.Module):
 
 
 def codes_bytes(elements: int, bits: int) -> int:
-    """Codes, and 6 bytes for each 128 values; padded to 2,048."""
+    """Codes, and 4 bytes for each 128 values, or 6 beside 4 bits; padded to 2,048."""
     padded = -(-elements // 2048) * 2048
-    return padded * bits // 8 + padded // 128 * 6
+    return padded * bits // 8 + padded // 128 * (6 if bits == 4 else 4)
 
 
 def transformer(depth: int = 2, width: int = 64, dropout: float = 0.1) -> list[nn.Module]:
