@@ -54,7 +54,8 @@ def _maxima(scale: float) -> list[float]:
         for number, _ in enumerate(SCOPE.storages)
         for value in (1.0 + number, 0.1 * number, 10.0 / (1 + number), 1.0, 0.0)
     ]
-    return [*keep, *recompute, *recompute, 40.0 * scale, 140.0 * scale, 1000.0, 1.0, -5000.0, 0.1, *[8.0] * 12, *costs]
+    totals = [40.0 * scale, 140.0 * scale, 1000.0, 1050.0, 1.0]
+    return [*keep, *recompute, *recompute, *totals, -5000.0, 0.1, *[8.0] * 12, *costs]
 
 
 def _added(ranks: Sequence[tuple[list[float], list[float]]]) -> tuple[list[float], list[float]]:
