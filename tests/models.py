@@ -39,8 +39,8 @@ class Function(nn.Module):
         super().__init__()
         self.function = function
 
-    def forward(self, *args: Any) -> Any:
-        return self.function(*args)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
 
 
 class Transformer(nn.Module):

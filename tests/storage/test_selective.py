@@ -1,16 +1,23 @@
-"""``selective`` and ``selective_half``: exact, without the work whose results they hold, and nothing left behind."""
+"""``selective`` and ``selective_half``: exact, without the work whose results they hold."""
 
 from __future__ import annotations
 
-import gc
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from models import operations
+from selective_support import (
+    NAMES,
+    WIDTH,
+    Function,
+    assert_exact,
+    counted,
+    step,
+    transformer,
+    work_in_backward,
+)
+from storage_support import run, storages
 from text_model import Block
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
@@ -18,106 +25,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from gradckpt_dist import StorageError
-from gradckpt_dist.storage import Storage, StorageContext, create_storage
+from gradckpt_dist.storage import StorageContext, create_storage
 from gradckpt_dist.storage.half_choice import PROFILED_CALLS, HalfChoice
-from gradckpt_dist.storage.ledger import Ledger
-
-NAMES = ("selective", "selective_half")
-WORK = ("mm", "bmm", "addmm", "convolution", "attention")
-WIDTH = 32
-
-
-class Function(nn.Module):
-    """A block that calls a function with a weight [32, 32] of its own."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0)))
-
-    def forward(self, *args: Any) -> Any:
-        return self.function(self.weight, *args)
-
-
-def transformer(depth: int = 2, width: int = 64, dropout: float = 0.1) -> list[nn.Module]:
-    torch.manual_seed(0)
-    return [Block(width, width // 32, dropout) for _ in range(depth)]
-
-
-def storages(name: str, blocks: Sequence[nn.Module]) -> list[Storage]:
-    context = StorageContext()
-    return [create_storage(name, block, context) for block in blocks]
-
-
-def run(ones: Sequence[Storage], x: Any) -> Any:
-    for one in ones:
-        x = one.run(one.block, x)
-    return x
-
-
-def step(ones: Sequence[Storage], x: Tensor) -> list[Tensor]:
-    """Output, gradients, buffers and the state of the random stream after a step."""
-    torch.manual_seed(1)
-    x = x.detach().requires_grad_()
-    parameters = [parameter for one in ones for parameter in one.block.parameters()]
-    output = run(ones, x)
-    gradients = torch.autograd.grad(output.float().square().mean(), [x, *parameters])
-    buffers = [buffer.clone() for one in ones for buffer in one.block.buffers()]
-    return [output.detach(), *gradients, *buffers, torch.get_rng_state()]
-
-
-def assert_exact(name: str, make: Callable[[], Sequence[nn.Module]], x: Tensor) -> list[Storage]:
-    """Bitwise what ``keep`` gives, while the choice is made and afterwards."""
-    theirs = storages("keep", make())
-    ours = storages(name, make())
-    for number in range(PROFILED_CALLS + 2):
-        for position, (one, other) in enumerate(zip(step(ours, x), step(theirs, x), strict=True)):
-            assert torch.equal(one, other), f"step {number}: tensor {position} differs"
-    return ours
-
-
-def work(names: Sequence[str]) -> Counter[str]:
-    """Of the operations with these names, the expensive ones, without those of the gradients."""
-    short = [name.split(".")[1] for name in names]
-    return Counter(n for n in short if any(kind in n for kind in WORK) and "backward" not in n)
-
-
-def work_in_backward(ones: Sequence[Storage], x: Tensor) -> Counter[str]:
-    output = run(ones, x.detach().requires_grad_())
-    with operations() as names:
-        output.sum().backward()
-    return work(names)
-
-
-@contextmanager
-def counted(ones: Sequence[Storage]) -> Iterator[tuple[Ledger, Callable[[Any], Any]]]:
-    """A ledger, and the blocks' forward under it."""
-    ledger = Ledger(len(ones))
-
-    def forward(x: Any) -> Any:
-        for index, one in enumerate(ones):
-            x = ledger.run(index, one, one.block, (x,), {})
-        return x
-
-    ledger.begin_forward()
-    try:
-        yield ledger, forward
-    finally:
-        ledger.end_forward()
-
-
-def held_bytes(name: str, blocks: Sequence[nn.Module], x: Tensor) -> int:
-    """After a forward whose choice is settled."""
-    ones = storages(name, blocks)
-    for _ in range(PROFILED_CALLS):
-        run(ones, x)
-    with counted(ones) as (ledger, forward):
-        output = forward(x)
-        held = ledger.live_bytes
-        del output
-    assert ledger.live_bytes == 0
-    return held
-
 
 # -- exact ----------------------------------------------------------------------------------------------------------
 
@@ -313,113 +222,6 @@ def test_the_choice_is_made_once_for_all_blocks_of_a_kind(monkeypatch: pytest.Mo
     run([create_storage("selective_half", Block(64, 2, 0.5), context)], x)
     assert len(context.half_choices) == len(set(learned)) == 4
     assert len(learned) == 3 * PROFILED_CALLS + 1
-
-
-# -- bytes ----------------------------------------------------------------------------------------------------------
-
-
-def test_fractions_of_what_keep_holds() -> None:
-    blocks = transformer(width=256)
-    x = torch.randn(8, 128, 256, requires_grad=True)
-    kept = held_bytes("keep", blocks, x)
-    assert held_bytes("selective", blocks, x) <= 0.70 * kept
-    half = held_bytes("selective_half", blocks, x)
-    assert half <= 0.50 * kept
-    assert half > held_bytes("recompute", blocks, x)
-
-
-def test_the_first_call_does_not_hold_more() -> None:
-    (one,) = storages("selective_half", transformer(1))
-    x = torch.randn(2, 64, 64, requires_grad=True)
-    kept = held_bytes("keep", [one.block], x)
-    for _ in range(PROFILED_CALLS + 1):
-        with counted([one]) as (ledger, forward):
-            output = forward(x)
-            assert 0 < ledger.live_bytes <= 0.5 * kept
-            del output
-
-
-def test_what_backward_holds_anyway_counts_once() -> None:
-    ones = storages(
-        "selective", [nn.Linear(WIDTH, WIDTH, bias=False), nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())]
-    )
-    x = torch.randn(64, WIDTH, requires_grad=True)
-    with counted(ones) as (ledger, forward):
-        output = forward(x)
-        # x, what is between the two, and what is before the tanh.
-        assert ledger.live_bytes == 3 * 64 * WIDTH * 4
-        del output
-    assert ledger.live_bytes == 0
-
-
-def test_an_output_that_backward_does_not_come_to_is_not_held() -> None:
-    ones = storages("selective", [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))])
-    with counted(ones) as (ledger, forward):
-        output = forward(torch.randn(64, WIDTH, requires_grad=True))
-        assert ledger.live_bytes == 2 * 64 * WIDTH * 4
-        del output
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_outputs_are_let_go_one_by_one(name: str) -> None:
-    ones = storages(name, transformer(3))
-    x = torch.randn(2, 64, 64, requires_grad=True)
-    with counted(ones) as (ledger, forward):
-        output = forward(x)
-    seen = []
-    for one in ones:
-        one.block.register_full_backward_hook(lambda *_: seen.append(ledger.live_bytes))
-    with counted(ones) as (ledger, forward):
-        output = forward(x)
-        seen.append(ledger.live_bytes)
-    output.sum().backward()
-    assert seen == sorted(seen, reverse=True)
-    assert len(set(seen)) == 4
-    assert ledger.live_bytes == 0
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_nothing_is_left_after_an_exception_in_forward(name: str) -> None:
-    def function(weight: Tensor, x: Tensor) -> Tensor:
-        held = (x @ weight).exp() @ weight
-        if failing:
-            raise ValueError("the block's own")
-        return held.sin()
-
-    failing = True
-    ones = storages(name, [Function(function)])
-    gc.collect()
-    before = live_tensors()
-    with counted(ones) as (ledger, forward):
-        with pytest.raises(ValueError, match="the block's own"):
-            forward(torch.randn(64, WIDTH, requires_grad=True))
-        assert ledger.live_bytes == 0
-    gc.collect()
-    assert live_tensors() == before
-    failing = False
-    x = torch.randn(64, WIDTH)
-    for one, other in zip(step(ones, x), step(storages("keep", [ones[0].block]), x), strict=True):
-        assert torch.equal(one, other)
-
-
-def live_tensors() -> int:
-    return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_nothing_is_left_without_the_collector(name: str) -> None:
-    ones = storages(name, transformer(2))
-    x = torch.randn(2, 64, 64)
-    step(ones, x)
-    gc.collect()
-    gc.disable()
-    try:
-        before = live_tensors()
-        step(ones, x)
-        run(ones, x.detach().requires_grad_())
-        assert live_tensors() == before
-    finally:
-        gc.enable()
 
 
 # -- what others do in between --------------------------------------------------------------------------------------
