@@ -22,7 +22,6 @@ from gradckpt_dist.policy import Evidence
 
 _BYTES_BY_BLOCK = 3
 _TOTALS = 5
-_SCALARS = _TOTALS + 2
 _OF_THIS_WORLD = (
     "held_bytes",
     "peak_bytes",
@@ -66,6 +65,11 @@ class Scope:
         """Numbers that the metric gathers per block."""
         return IMPACTS[self.metric].fields
 
+    @property
+    def byte_counts(self) -> int:
+        """Numbers that a measured step gives: of bytes by block, then in all."""
+        return _BYTES_BY_BLOCK * self.blocks + _TOTALS
+
 
 class Knowledge:
     """Folds in the vectors that travel, and says what they taught."""
@@ -93,15 +97,15 @@ class Knowledge:
         """Fold in what all ranks sent, as ``Observer`` gives it; ``mask`` was in force while it was measured."""
         impact_size = self._scope.fields * self._scope.blocks + 2
         self.running.update(sums[:impact_size])
-        scalars = _BYTES_BY_BLOCK * self._scope.blocks
-        self._update_bytes(maxima[:scalars], maxima[scalars : scalars + _TOTALS], mask)
-        available, self.plugin_seconds = maxima[scalars + _TOTALS : scalars + _SCALARS]
+        counts = self._scope.byte_counts
+        self._update_bytes(maxima[: counts - _TOTALS], maxima[counts - _TOTALS : counts], mask)
+        available, self.plugin_seconds, *costs = maxima[counts:]
         self.available_bytes = int(-available) if 0 <= -available <= MOST_BYTES else self.available_bytes
         if self.costs is not None and self.errors is not None:
             probes_size = self._scope.blocks * block_fields(len(self._scope.lossy)) + 1
             probes, weights = sums[impact_size : impact_size + probes_size], sums[impact_size + probes_size :]
             self.errors.update(probes, weights, self.running.mean_square)
-            self.costs.update(maxima[scalars + _SCALARS :])
+            self.costs.update(costs)
         self._costs_table = self._table()
 
     def evidence(self, current: Mask, change_seconds: float = 0.0) -> Evidence:

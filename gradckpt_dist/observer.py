@@ -53,7 +53,7 @@ class Observer:
         turns: ProbeSchedule | None,
     ) -> None:
         self.impact = create_impact(scope.metric, scope.blocks, device)
-        self._blocks = scope.blocks
+        self._byte_counts = scope.byte_counts
         self._turns = turns
         self.turn = 0
         self._book: CostBook | None = None
@@ -162,7 +162,7 @@ class Observer:
         """Bytes by block and in all; costs."""
         measured, self._measurement = self._measurement, None
         if measured is None:
-            values = [0.0] * (3 * self._blocks + 5)
+            values = [0.0] * self._byte_counts
         else:
             by_block = (*measured.keep_bytes, *measured.recompute_bytes, *measured.stored_bytes)
             peaks = (self._peaks.blocks_bytes, self._peaks.loss_bytes)
