@@ -1,4 +1,4 @@
-"""``gradckpt bench NAME [--json] [--quick] [--output FILE]``; ``frontier`` has ``--coarse``, too."""
+"""``gradckpt bench NAME [--json] [--quick] [--output FILE]``; ``frontier`` has ``--coarse`` and ``--wide``, too."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.table import Table
 
-from gradckpt_dist.bench.frontier import bench_frontier, bench_frontier_coarse, draw_frontier
+from gradckpt_dist.bench.frontier import bench_frontier, bench_frontier_coarse, bench_frontier_wide, draw_frontier
 from gradckpt_dist.bench.impact import bench_impact
 from gradckpt_dist.bench.overhead import bench_overhead
 from gradckpt_dist.bench.planner import bench_planner
@@ -39,10 +39,13 @@ BENCHES: dict[str, tuple[Bench, str]] = {
     "storage": (bench_storage, "bytes, seconds and gradient error of every storage, against keep"),
 }
 
-SHORTER: dict[str, tuple[str, Bench, str]] = {
-    "frontier": ("--coarse", bench_frontier_coarse, "fewer budgets, tolerances and rounds: in most of an hour"),
+SHORTER: dict[str, tuple[tuple[str, Bench, str], ...]] = {
+    "frontier": (
+        ("--coarse", bench_frontier_coarse, "fewer budgets, tolerances and rounds: in most of an hour"),
+        ("--wide", bench_frontier_wide, "full recompute's peak alone, at d = 1024: in half an hour"),
+    ),
 }
-"""Benches that take hours have an option between these and ``--quick``."""
+"""Benches that take hours have options between these and ``--quick``."""
 
 FIGURES: dict[str, Callable[[dict[str, Any], Path], list[Path]]] = {"frontier": draw_frontier}
 """Benches whose object is drawn, beside the file that it is written to."""
@@ -60,9 +63,9 @@ def add_bench_parser(commands: Any) -> None:
             "--output", type=Path, metavar="FILE", help="write the JSON object to a file; figures go beside it"
         )
         parser.set_defaults(execute=_execute(name), run=run)
-        if name in SHORTER:
-            option, shorter, told = SHORTER[name]
-            parser.add_argument(option, dest="run", action="store_const", const=shorter, help=told)
+        options = parser.add_mutually_exclusive_group()
+        for option, shorter, told in SHORTER.get(name, ()):
+            options.add_argument(option, dest="run", action="store_const", const=shorter, help=told)
 
 
 def _execute(name: str) -> Callable[[argparse.Namespace], None]:

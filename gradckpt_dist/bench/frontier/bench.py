@@ -13,7 +13,7 @@ from typing import Any
 from gradckpt_dist.bench.frontier.bars import compare, headline
 from gradckpt_dist.bench.frontier.crew import Crew
 from gradckpt_dist.bench.frontier.phases import Bytes, Timer, first_with_mask, measure_bytes, settle
-from gradckpt_dist.bench.frontier.plan import COARSE, FULL, QUICK, FrontierPlan, ModelPlan
+from gradckpt_dist.bench.frontier.plan import COARSE, FULL, QUICK, WIDE, FrontierPlan, ModelPlan
 from gradckpt_dist.bench.frontier.processes import Processes
 from gradckpt_dist.bench.frontier.setting import Setting
 from gradckpt_dist.bench.record import Rows, record
@@ -39,6 +39,11 @@ def bench_frontier(*, quick: bool) -> dict[str, Any]:
 def bench_frontier_coarse(*, quick: bool) -> dict[str, Any]:
     """The same at fewer budgets and tolerances, in fewer rounds."""
     return _bench(QUICK if quick else COARSE)
+
+
+def bench_frontier_wide(*, quick: bool) -> dict[str, Any]:
+    """The same in a model twice as wide, at full recompute's peak and a tolerance of 0.05 alone."""
+    return _bench(QUICK if quick else WIDE)
 
 
 def _bench(plan: FrontierPlan) -> dict[str, Any]:

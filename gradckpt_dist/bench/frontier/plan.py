@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gradckpt_dist.bench.frontier.peers import BY_BUDGET
 from gradckpt_dist.bench.frontier.setting import OURS, Setting, Size
@@ -109,6 +109,25 @@ COARSE = FrontierPlan(
             budgets=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
             eager_tolerances=(0.0, 0.05),
             compiled_tolerances=(),
+        ),
+    ),
+)
+
+# Half an hour: at full recompute's peak alone, where blocks compute twice as much for each byte that they hold.
+WIDE = FrontierPlan(
+    size=replace(_SIZE, width=1024),
+    rounds=12,
+    group=12,
+    models=(
+        ModelPlan(
+            model="demo",
+            eager_peers=("recompute", "torchtitan_full"),
+            compiled_peers=("keep", "recompute"),
+            budget_peers=("compile_budget",),
+            peer_budgets=(0.0,),
+            budgets=(0.0,),
+            eager_tolerances=(0.05,),
+            compiled_tolerances=(0.05,),
         ),
     ),
 )
