@@ -41,3 +41,12 @@ def live_bytes() -> int:
         if type(thing) in (Tensor, nn.Parameter)
     }
     return sum(tensors.values())
+
+
+def changed_between_saves(x: Tensor) -> Tensor:
+    """Saves a storage, changes it, saves it again: the gradient is x + 1."""
+    y = x * 1
+    z = y.detach()
+    first = x * z
+    z.add_(1)
+    return first.detach() + x * z

@@ -8,7 +8,7 @@ import pytest
 import torch
 from compress_support import LOSSY, ROWS, SIZE, WIDTH, codes_bytes, leaf, transformer
 from models import Function
-from storage_support import gradients, live_bytes, run, storages
+from storage_support import changed_between_saves, gradients, live_bytes, run, storages
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -69,15 +69,8 @@ def test_a_change_inside_the_block_is_an_error(name: str) -> None:
 
 
 def test_a_storage_changed_between_two_saves_is_held_twice() -> None:
-    def function(x: Tensor) -> Tensor:
-        y = x * 1
-        z = y.detach()
-        first = x * z
-        z.add_(1)
-        return first.detach() + x * z
-
     x = leaf()
-    block = Function(function)
+    block = Function(changed_between_saves)
     storage = create_storage("compress8", block)
     (gradient,) = torch.autograd.grad(storage.run(block, x).sum(), x)
     assert (gradient - x.detach() - 1).abs().max() < 0.02

@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import Function
 from offload_support import assert_nothing_left, offloads, same, transformer
-from storage_support import gradients, run
+from storage_support import changed_between_saves, gradients, run
 from torch import Tensor, nn
 
 import gradckpt_dist
@@ -135,15 +135,8 @@ def test_a_change_of_what_has_stayed_is_an_error() -> None:
 
 
 def test_a_storage_changed_between_two_saves_is_copied_twice() -> None:
-    def function(x: Tensor) -> Tensor:
-        y = x * 1
-        z = y.detach()
-        first = x * z
-        z.add_(1)
-        return first.detach() + x * z
-
     lane = OffloadLane()
-    storage = Offload(Function(function), lane)
+    storage = Offload(Function(changed_between_saves), lane)
     x = torch.randn(64, 128, requires_grad=True)
     output = storage.run(storage.block, x)
     (gradient,) = torch.autograd.grad(output.sum(), x)
