@@ -117,6 +117,12 @@ def dequantise4(codes: Tensor, *grid: Tensor) -> Tensor:
     return _values(_codes(codes, 4), grid)
 
 
+def marks(packed: Packed) -> Tensor:
+    """[chunks, 16]: NaN for each group that could not be held."""
+    last = packed[-1]
+    return last.view(torch.float32) if last.dtype == torch.int32 else packed[-2]
+
+
 def _in_words(x: Tensor, count: int) -> list[Tensor]:
     """The first, second, ... values of all words of ``count``, float32 [chunks, 16, 128 / count] each."""
     words = x.view(-1, GROUP // count, count, LANES).float()

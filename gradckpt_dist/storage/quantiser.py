@@ -147,9 +147,8 @@ def _chunked(tensor: Tensor) -> Tensor:
 
 def _holds_nan(packed: kernels.Packed) -> bool:
     """In one pass: a maximum is NaN if any value is."""
-    last = packed[-1]
-    marked = last.view(torch.float32) if last.dtype == torch.int32 else packed[-2]
-    return marked.numel() > 0 and bool(marked.max().isnan())
+    marks = kernels.marks(packed)
+    return marks.numel() > 0 and bool(marks.max().isnan())
 
 
 def plain_torch() -> AbstractContextManager[None]:
