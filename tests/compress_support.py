@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,11 +28,6 @@ def codes_bytes(elements: int, bits: int) -> int:
 def transformer(depth: int = 2, width: int = 64, dropout: float = 0.1) -> list[nn.Module]:
     torch.manual_seed(0)
     return list(GPT(vocabulary=5, context=64, width=width, layers=depth, heads=4, dropout=dropout).blocks)
-
-
-def relative_error(ones: Sequence[Tensor], others: Sequence[Tensor]) -> float:
-    difference = sum((one.double() - other.double()).square().sum() for one, other in zip(ones, others, strict=True))
-    return float((difference / sum(other.double().square().sum() for other in others)) ** 0.5)
 
 
 def held(function: Callable[..., Any], *args: Any, name: str = "compress8", block: nn.Module | None = None) -> int:

@@ -32,6 +32,12 @@ def gradients(ones: Sequence[Storage], x: Tensor, **options: Any) -> list[Tensor
     return list(torch.autograd.grad(run(ones, x).float().square().mean(), [x, *parameters], **options))
 
 
+def relative_error(ones: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+    """Of all of them together."""
+    difference = sum((one.double() - other.double()).square().sum() for one, other in zip(ones, others, strict=True))
+    return float((difference / sum(other.double().square().sum() for other in others)) ** 0.5)
+
+
 def live_bytes() -> int:
     """Of all tensors that there are."""
     gc.collect()

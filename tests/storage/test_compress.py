@@ -8,9 +8,9 @@ import frameworks
 import pytest
 import torch
 import torch.distributed as dist
-from compress_support import LOSSY, ROWS, WIDTH, leaf, ledger_bytes, relative_error, transformer
+from compress_support import LOSSY, ROWS, WIDTH, leaf, ledger_bytes, transformer
 from models import Function
-from storage_support import gradients, run, storages
+from storage_support import gradients, relative_error, run, storages
 from support import run_distributed_test
 from text_model import GPT, read_text
 from torch import Tensor, nn

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from models import operations
+from storage_support import relative_error
 from text_model import Block
 from torch import Tensor, nn
 from torch.nn import functional
@@ -43,12 +44,6 @@ def gradients(one: Storage, x: Tensor) -> list[Tensor]:
     x = x.detach().requires_grad_()
     output = one.run(one.block, x)
     return list(torch.autograd.grad(output.float().square().sum(), [x, *one.block.parameters()]))
-
-
-def relative_error(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
-    pairs = [(one.double(), other.double()) for one, other in zip(ours, theirs, strict=True)]
-    difference = sum((one - other).square().sum().item() for one, other in pairs)
-    return math.sqrt(difference / sum(other.square().sum().item() for _, other in pairs))
 
 
 def held_bytes(name: str, block: nn.Module, x: Tensor) -> int:
