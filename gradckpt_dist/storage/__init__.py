@@ -6,7 +6,7 @@ from torch import nn
 
 from gradckpt_dist.errors import StorageError
 from gradckpt_dist.storage.base import Forward, Storage
-from gradckpt_dist.storage.compiled import CompiledSelective, CompiledSelectiveHalf, is_compiled
+from gradckpt_dist.storage.compiled import CompiledRecompute, CompiledSelective, CompiledSelectiveHalf
 from gradckpt_dist.storage.compiled_lossy import CompiledSelective4, CompiledSelective6, CompiledSelective8
 from gradckpt_dist.storage.compress import Compress4, Compress6, Compress8
 from gradckpt_dist.storage.context import StorageContext
@@ -16,6 +16,7 @@ from gradckpt_dist.storage.offload import Offload
 from gradckpt_dist.storage.recompute import Recompute
 from gradckpt_dist.storage.selective import Selective, SelectiveHalf
 from gradckpt_dist.storage.selective_lossy import Selective4, Selective6, Selective8
+from gradckpt_dist.storage.variant import is_compiled
 
 STORAGES: dict[str, type[Storage]] = {
     storage.name: storage
@@ -38,6 +39,7 @@ STORAGES: dict[str, type[Storage]] = {
 COMPILED_STORAGES: dict[str, type[Storage]] = {
     storage.name: storage
     for storage in (
+        CompiledRecompute,
         CompiledSelective,
         CompiledSelectiveHalf,
         CompiledSelective8,

@@ -11,13 +11,13 @@ from torch.utils._pytree import tree_leaves
 
 from gradckpt_dist.storage.base import Forward
 from gradckpt_dist.storage.choice import Choice, SeenOperations, UnseenOperations
-from gradckpt_dist.storage.compiled import is_compiled
 from gradckpt_dist.storage.deferred import DeferredCall, Place, derive, refuse_transforms
 from gradckpt_dist.storage.lineage import Lineage, Role
 from gradckpt_dist.storage.lossy import Lossy
 from gradckpt_dist.storage.noise import NoiseSource
 from gradckpt_dist.storage.quantiser import DTYPES, plain_torch
 from gradckpt_dist.storage.recipe import Key
+from gradckpt_dist.storage.variant import is_compiled
 
 _ATTENTION_BITS = {8: 8, 6: 6, 4: 8}
 

@@ -19,7 +19,7 @@ class StorageContext:
     """``lane``: where offloading blocks meet; ``noise``: where lossy ones get their seeds.
 
     ``slack``: what they have let go of in backward. ``half_choices``: what ``selective_half`` holds, by kind of block.
-    ``kept_inputs``: where inputs of recomputed blocks wait, if they are to be moved.
+    ``kept_inputs``: where inputs of recomputed blocks wait, if they are to be moved. ``said``: what is not said again.
     """
 
     lane: OffloadLane = field(default_factory=OffloadLane)
@@ -27,3 +27,4 @@ class StorageContext:
     slack: Slack = field(default_factory=Slack)
     half_choices: HalfChoices = field(default_factory=HalfChoices)
     kept_inputs: KeptInputs | None = None
+    said: set[str] = field(default_factory=set)

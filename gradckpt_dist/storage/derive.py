@@ -8,9 +8,9 @@ from torch import nn
 
 from gradckpt_dist.errors import StorageError
 from gradckpt_dist.storage.base import Forward, Storage
-from gradckpt_dist.storage.compiled import is_compiled
 from gradckpt_dist.storage.deferred import DeferredCall, derive
 from gradckpt_dist.storage.recipe import CheapOperations
+from gradckpt_dist.storage.variant import is_compiled
 
 
 class Derive(Storage):

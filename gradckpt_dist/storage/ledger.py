@@ -20,6 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 from gradckpt_dist.storage.base import Forward, Storage
+from gradckpt_dist.storage.operations import inner_tensors, storage_key
 from gradckpt_dist.storage.parts import part_of
 
 
@@ -27,6 +28,15 @@ def is_parameter(tensor: torch.Tensor) -> bool:
     """Whether this is a parameter or a view of one, sharded and gathered ones (FSDP, ZeRO-3) included."""
     base = tensor._base
     return _is_parameter_itself(tensor) or (base is not None and _is_parameter_itself(base))
+
+
+def storage_bytes(values: Any) -> dict[int, int]:
+    """Bytes of the distinct storages behind these values, by ``storage_key``; parameters left out."""
+    return {
+        storage_key(tensor): tensor.untyped_storage().nbytes()
+        for tensor in inner_tensors(values)
+        if not is_parameter(tensor)
+    }
 
 
 def _is_parameter_itself(tensor: torch.Tensor) -> bool:

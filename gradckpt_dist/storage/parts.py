@@ -15,6 +15,13 @@ def is_distributed(tensor: Tensor) -> bool:
     return type(tensor) not in _PLAIN_TYPES and hasattr(tensor, "_local_tensor")
 
 
+def is_whole_parameter(parameter: Tensor) -> bool:
+    """Whether all of it is on this rank, as it is: no DTensor, and in the hands of neither ZeRO-3 nor FSDP1."""
+    return type(parameter) is nn.Parameter and not (
+        hasattr(parameter, "ds_id") or hasattr(parameter, "_fsdp_flattened")
+    )
+
+
 def part_of(tensor: Tensor) -> Tensor:
     """The tensor that is this rank's part: a DTensor's local one, or what a collective under way writes to.
 

@@ -14,9 +14,9 @@ from torch.utils.checkpoint import _StopRecomputationError
 
 from gradckpt_dist.storage.context import StorageContext
 from gradckpt_dist.storage.half_choice import Cost, HalfChoice, HalfChoices, HalfSelection
-from gradckpt_dist.storage.ledger import is_parameter
+from gradckpt_dist.storage.ledger import is_parameter, storage_bytes
 from gradckpt_dist.storage.operation_cache import Entry, OperationCache, save
-from gradckpt_dist.storage.operations import device_of, inner_tensors, storage_key
+from gradckpt_dist.storage.operations import device_of, inner_tensors
 from gradckpt_dist.storage.recompute import Passes, Recompute
 from gradckpt_dist.storage.recorder import AllExpensive, Recorder, Replayer, Selection
 from gradckpt_dist.storage.stopwatch import Stopwatch
@@ -111,7 +111,7 @@ class _ProfiledPasses(SelectivePasses):
         super().__init__(storage, HalfSelection())
         self._choice = choice
         self._stopwatch = Stopwatch(device_of(inputs))
-        self._input_bytes = _storage_bytes(inputs)
+        self._input_bytes = storage_bytes(inputs)
         # The weak references keep a storage's identity from being used again while it is a key.
         self._kept_bytes: dict[StorageWeakRef, int] = {}
 
@@ -128,7 +128,7 @@ class _ProfiledPasses(SelectivePasses):
 
     def _choose(self) -> None:
         needed = [entry for entry in self._cache.entries() if entry.packs < self._cache.packs]
-        held = self._input_bytes | _storage_bytes([entry.leaves for entry in needed if entry.fixed])
+        held = self._input_bytes | storage_bytes([entry.leaves for entry in needed if entry.fixed])
         limit_bytes = sum(self._kept_bytes.values()) // 2 - sum(held.values())
         self._kept_bytes.clear()
         self._stopwatch.wait()
@@ -147,17 +147,8 @@ class _ProfiledPasses(SelectivePasses):
 
 
 def _cost(entry: Entry, held: Mapping[int, int]) -> Cost:
-    new_bytes = sum(size for key, size in _storage_bytes(entry.leaves).items() if key not in held)
+    new_bytes = sum(size for key, size in storage_bytes(entry.leaves).items() if key not in held)
     return Cost(seconds=entry.seconds() if entry.seconds is not None else 0.0, held_bytes=new_bytes)
-
-
-def _storage_bytes(values: Any) -> dict[int, int]:
-    """Bytes of the distinct storages behind these values, parameters left out."""
-    return {
-        storage_key(tensor): tensor.untyped_storage().nbytes()
-        for tensor in inner_tensors(values)
-        if not is_parameter(tensor)
-    }
 
 
 def _autocast(tensors: list[torch.Tensor]) -> tuple[Hashable, ...]:

@@ -18,12 +18,6 @@ from gradckpt_dist.storage.ledger import Ledger
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
-@pytest.fixture
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
-    counters.clear()
-
-
 def _held_bytes(block: nn.Module, storage: Storage, x: Tensor) -> int:
     ledger = Ledger(1)
     ledger.begin_forward()

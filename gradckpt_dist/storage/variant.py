@@ -1,0 +1,195 @@
+"""A block that the user compiled, compiled once more, otherwise; and what that changes."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch._functorch import config as functorch_config
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from gradckpt_dist.storage.base import Forward
+from gradckpt_dist.storage.buffers import BufferGuard
+from gradckpt_dist.storage.ledger import storage_bytes
+from gradckpt_dist.storage.operations import device_of
+
+_AUTOCAST_DEVICES = ("cpu", "cuda")
+
+
+def is_compiled(block: nn.Module) -> bool:
+    """Whether the user has compiled this block, by ``block.compile()`` or ``torch.compile(block)``."""
+    return getattr(block, "_compiled_call_impl", None) is not None or hasattr(block, "dynamo_ctx")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """How a variant compares with the block as the user compiled it.
+
+    ``exact``: outputs, gradients and buffers are the same, bit for bit. ``held_bytes``: what its forward saves but for
+    parameters; ``input_bytes``: what the block was given. Each storage counts once.
+    """
+
+    exact: bool
+    held_bytes: int
+    input_bytes: int
+
+
+class Variant:
+    """Calls one block by ``call(core, *args, **kwargs)``, compiled with the backend and the options of the user.
+
+    ``budget``: torch.compile's activation memory budget for it, a fraction; None leaves it to the user. Blocks of one
+    class share what is compiled, and blocks of one structure share verdicts.
+    """
+
+    def __init__(self, block: nn.Module, call: Callable[..., Any], budget: float | None = None) -> None:
+        self._core: nn.Module = getattr(block, "_orig_mod", block)
+        self._shared = _Compilation.of(block, self._core, call, budget)
+        self._parts = tuple(self._core.modules())
+        self._structure = _structure(self._core)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """In the place of the block's forward."""
+        return self._shared(self._core, *args, **kwargs)
+
+    @property
+    def verdicts(self) -> int:
+        """How many there are, of blocks with this structure."""
+        return sum(structure == self._structure for structure, *_ in self._shared.verdicts)
+
+    def known(self, args: Any, kwargs: Any) -> Verdict | None:
+        """The verdict on blocks of this structure with such inputs, if there is one."""
+        return self._shared.verdicts.get(self._key(args, kwargs))
+
+    def compare(self, forward: Forward, args: Any, kwargs: Any) -> Verdict:
+        """The verdict; the first time, forward and backward are run twice each, without a trace."""
+        key = self._key(args, kwargs)
+        if key not in self._shared.verdicts:
+            self._shared.verdicts[key] = self._compare(forward, args, kwargs)
+        return self._shared.verdicts[key]
+
+    def _key(self, args: Any, kwargs: Any) -> tuple[Any, ...]:
+        """All on which the choice of what to compute again, and so its correctness, may depend."""
+        tensors = tuple((tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in _tensors((args, kwargs)))
+        autocast = tuple(
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+            for device in _AUTOCAST_DEVICES
+        )
+        return (self._structure, tensors, autocast, tuple(part.training for part in self._parts))
+
+    def _compare(self, forward: Forward, args: Any, kwargs: Any) -> Verdict:
+        theirs = self._outcome(forward, args, kwargs)
+        saved: dict[int, int] = {}
+        with saved_tensors_hooks(lambda tensor: _count(tensor, saved), lambda tensor: tensor):
+            ours = self._outcome(self, args, kwargs)
+        return Verdict(
+            exact=len(ours) == len(theirs) and all(map(_same, ours, theirs)),
+            held_bytes=sum(saved.values()),
+            input_bytes=sum(storage_bytes((args, kwargs)).values()),
+        )
+
+    def _outcome(self, call: Forward, args: Any, kwargs: Any) -> tuple[Tensor | None, ...]:
+        """Outputs, gradients and buffers, with the coming call's random numbers; the block's own stay as they are."""
+        args, kwargs = tree_map_only(Tensor, _leaf, (args, kwargs))
+        wanted = [*_tensors((args, kwargs)), *self._core.parameters()]
+        wanted = [tensor for tensor in wanted if tensor.requires_grad]
+        guard = BufferGuard(self._core)
+        with _same_random_numbers(device_of(wanted)), guard.substituted(guard.snapshot()):
+            outputs = [out for out in _tensors(call(*args, **kwargs)) if out.requires_grad]
+            ones = [torch.ones_like(out) for out in outputs]
+            gradients = torch.autograd.grad(outputs, wanted, ones, allow_unused=True)
+            return (*(out.detach() for out in outputs), *gradients, *self._core.buffers())
+
+
+class _Compilation:
+    """What blocks of one class share. It has a code object of its own, as torch.compile caches by that."""
+
+    _all: ClassVar[dict[tuple[type[nn.Module], Callable[..., Any], float | None], _Compilation]] = {}
+
+    def __init__(self, compiled: Callable[..., Any], budget: float | None) -> None:
+        self._compiled = compiled
+        self._budget = budget
+        self.verdicts: dict[tuple[Any, ...], Verdict] = {}
+
+    @classmethod
+    def of(cls, block: nn.Module, core: nn.Module, call: Callable[..., Any], budget: float | None) -> _Compilation:
+        key = (type(core), call, budget)
+        if key not in cls._all:
+            name = f"{call.__name__}_{type(core).__name__}" + ("" if budget is None else f"_{round(100 * budget)}")
+            function = types.FunctionType(call.__code__.replace(co_name=name), call.__globals__, name)
+            cls._all[key] = cls(_compiler(block)(function), budget)
+        return cls._all[key]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._budget is None:
+            return self._compiled(*args, **kwargs)
+        with _budgeted(self._budget):
+            return self._compiled(*args, **kwargs)
+
+
+@contextmanager
+def _budgeted(budget: float) -> Iterator[None]:
+    before = functorch_config.activation_memory_budget
+    functorch_config.activation_memory_budget = budget
+    try:
+        yield
+    finally:
+        functorch_config.activation_memory_budget = before
+
+
+def _compiler(block: nn.Module) -> Callable[[Any], Any]:
+    """What the user compiled this block with: backend, mode and dynamic shapes included."""
+    if hasattr(block, "dynamo_ctx"):
+        return block.dynamo_ctx  # type: ignore[return-value]
+    compiled: Any = block._compiled_call_impl
+    compiled = getattr(compiled, "original", compiled)
+    context = inspect.getclosurevars(compiled).nonlocals.get("self")
+    return context if callable(context) else torch.compile
+
+
+def _structure(core: nn.Module) -> tuple[Any, ...]:
+    """Submodules and parameters, and all numbers that may be a dropout's rate."""
+    parameters = tuple((p.shape, p.dtype, p.requires_grad) for p in core.parameters())
+    numbers = tuple(
+        (index, name, value)
+        for index, part in enumerate(core.modules())
+        for name, value in vars(part).items()
+        if isinstance(value, float)
+    )
+    return repr(core), parameters, numbers
+
+
+@contextmanager
+def _same_random_numbers(device: torch.device) -> Iterator[None]:
+    """What is drawn inside is drawn again after it."""
+    if device.type == "cpu":
+        with torch.random.fork_rng(devices=[]):
+            yield
+    else:
+        with torch.random.fork_rng(devices=[device], device_type=device.type):
+            yield
+
+
+def _count(tensor: Tensor, saved: dict[int, int]) -> Tensor:
+    saved.update(storage_bytes(tensor))
+    return tensor.detach()
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one, other)
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.requires_grad)
