@@ -37,9 +37,9 @@ def replay_random_states(engine: Engine) -> Callable[[], None]:
         return call
 
     gate = engine.gate
-    gate.replayed = replayed
+    gate.replayed, gate.context.foreign_random_states = replayed, True
 
     def undo() -> None:
-        gate.replayed = None
+        gate.replayed, gate.context.foreign_random_states = None, False
 
     return undo

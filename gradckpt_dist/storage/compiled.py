@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
@@ -84,8 +83,9 @@ class CompiledRecompute(Recompute):
     where weights are sharded or inputs kept elsewhere, and for inputs of ever new shapes. ``recomputes`` counts both.
     """
 
-    def __init__(self, block: nn.Module, context: StorageContext | None = None) -> None:
+    def __init__(self, block: nn.Module, context: StorageContext) -> None:
         super().__init__(block, context)
+        self._shared = context
         self._variant = Variant(block, _checkpoint_block)
         parameters = tuple(block.parameters())
         self._possible = bool(parameters) and all(map(is_whole_parameter, parameters))
@@ -101,32 +101,33 @@ class CompiledRecompute(Recompute):
 
     def _serves(self, forward: Forward, args: Any, kwargs: Any) -> bool:
         """Whether the variant may be called with such inputs."""
-        if not self._possible or (self._context is not None and self._context.kept_inputs is not None):
+        if not self._possible or self._shared.foreign_random_states or self._shared.kept_inputs is not None:
             return False
-        verdict = self._variant.known(args, kwargs)
-        if verdict is not None:
-            return _is_recomputation(verdict)
+        verdict = self._variant.known(args, kwargs) or self._judge(forward, args, kwargs)
+        return verdict is not None and _is_recomputation(verdict)
+
+    def _judge(self, forward: Forward, args: Any, kwargs: Any) -> Verdict | None:
+        """The verdict on inputs of a new kind; if it is not to be had, or bad, that is said."""
         if self._variant.verdicts >= _MOST_VERDICTS:
             self._say(f"inputs have come in more than {_MOST_VERDICTS} shapes")
-            return False
+            return None
         try:
             verdict = self._variant.compare(forward, args, kwargs)
-        except (TorchDynamoException, torch.OutOfMemoryError) as error:
+        except (torch._dynamo.exc.TorchDynamoException, torch.OutOfMemoryError) as error:
             self._possible = False
             self._say(f"the variant could not be compiled and compared: {error}")
-            return False
+            return None
         if not verdict.exact:
             self._say("the variant's gradients differ, as in half precision it rounds less often")
         elif not _is_recomputation(verdict):
-            self._say(f"the variant holds {verdict.held_bytes} bytes of inputs of {verdict.input_bytes}")
-        return _is_recomputation(verdict)
+            self._say(f"the variant holds {verdict.held_bytes} bytes for inputs of {verdict.input_bytes}")
+        return verdict
 
     def _say(self, reason: str) -> None:
         line = f"gradckpt: recompute runs the compiled {type(self.block).__name__} again as a whole: {reason}"
-        said = set() if self._context is None else self._context.said
-        if line not in said:
+        if line not in self._shared.said:
             logger.warning(line)
-            said.add(line)
+            self._shared.said.add(line)
 
     def _count(self, _gradients: Any) -> None:
         self.recomputes += 1

@@ -19,7 +19,8 @@ class StorageContext:
     """``lane``: where offloading blocks meet; ``noise``: where lossy ones get their seeds.
 
     ``slack``: what they have let go of in backward. ``half_choices``: what ``selective_half`` holds, by kind of block.
-    ``kept_inputs``: where inputs of recomputed blocks wait, if they are to be moved. ``said``: what is not said again.
+    ``kept_inputs``: where inputs of recomputed blocks wait, if they are to be moved. ``foreign_random_states``: whether
+    blocks draw from states that a framework keeps. ``said``: what is not said again.
     """
 
     lane: OffloadLane = field(default_factory=OffloadLane)
@@ -27,4 +28,5 @@ class StorageContext:
     slack: Slack = field(default_factory=Slack)
     half_choices: HalfChoices = field(default_factory=HalfChoices)
     kept_inputs: KeptInputs | None = None
+    foreign_random_states: bool = False
     said: set[str] = field(default_factory=set)

@@ -20,6 +20,8 @@ from gradckpt_dist.storage.buffers import BufferGuard
 from gradckpt_dist.storage.ledger import storage_bytes
 from gradckpt_dist.storage.operations import device_of
 
+_Compiler = Callable[[Any], Any]
+
 _AUTOCAST_DEVICES = ("cpu", "cuda")
 
 
@@ -32,8 +34,8 @@ def is_compiled(block: nn.Module) -> bool:
 class Verdict:
     """How a variant compares with the block as the user compiled it.
 
-    ``exact``: outputs, gradients and buffers are the same, bit for bit. ``held_bytes``: what its forward saves but for
-    parameters; ``input_bytes``: what the block was given. Each storage counts once.
+    ``exact``: outputs, gradients, buffers and what is drawn next are the same, bit for bit. ``held_bytes``: what its
+    forward saves but for parameters; ``input_bytes``: what the block was given. Each storage counts once.
     """
 
     exact: bool
@@ -95,36 +97,44 @@ class Variant:
         )
 
     def _outcome(self, call: Forward, args: Any, kwargs: Any) -> tuple[Tensor | None, ...]:
-        """Outputs, gradients and buffers, with the coming call's random numbers; the block's own stay as they are."""
+        """Outputs, gradients, buffers and the next random number, from the coming call's; all stays as it is."""
         args, kwargs = tree_map_only(Tensor, _leaf, (args, kwargs))
         wanted = [*_tensors((args, kwargs)), *self._core.parameters()]
         wanted = [tensor for tensor in wanted if tensor.requires_grad]
         guard = BufferGuard(self._core)
-        with _same_random_numbers(device_of(wanted)), guard.substituted(guard.snapshot()):
+        device = device_of(wanted)
+        with _same_random_numbers(device), guard.substituted(guard.snapshot()):
             outputs = [out for out in _tensors(call(*args, **kwargs)) if out.requires_grad]
+            following = torch.rand((), device=device)
             ones = [torch.ones_like(out) for out in outputs]
             gradients = torch.autograd.grad(outputs, wanted, ones, allow_unused=True)
-            return (*(out.detach() for out in outputs), *gradients, *self._core.buffers())
+            return (*(out.detach() for out in outputs), *gradients, *self._core.buffers(), following)
 
 
 class _Compilation:
     """What blocks of one class share. It has a code object of its own, as torch.compile caches by that."""
 
-    _all: ClassVar[dict[tuple[type[nn.Module], Callable[..., Any], float | None], _Compilation]] = {}
+    _all: ClassVar[list[_Compilation]] = []
 
-    def __init__(self, compiled: Callable[..., Any], budget: float | None) -> None:
-        self._compiled = compiled
+    def __init__(
+        self, compiler: _Compiler, kind: type[nn.Module], call: Callable[..., Any], budget: float | None
+    ) -> None:
+        name = f"{call.__name__}_{kind.__name__}" + ("" if budget is None else f"_{round(100 * budget)}")
+        function = types.FunctionType(call.__code__.replace(co_name=name), call.__globals__, name)
+        self._made_of = (kind, call, budget)
+        self._compiler = compiler
+        self._compiled = compiler(function)
         self._budget = budget
         self.verdicts: dict[tuple[Any, ...], Verdict] = {}
 
     @classmethod
     def of(cls, block: nn.Module, core: nn.Module, call: Callable[..., Any], budget: float | None) -> _Compilation:
-        key = (type(core), call, budget)
-        if key not in cls._all:
-            name = f"{call.__name__}_{type(core).__name__}" + ("" if budget is None else f"_{round(100 * budget)}")
-            function = types.FunctionType(call.__code__.replace(co_name=name), call.__globals__, name)
-            cls._all[key] = cls(_compiler(block)(function), budget)
-        return cls._all[key]
+        compiler, made_of = _compiler(block), (type(core), call, budget)
+        for one in cls._all:
+            if one._made_of == made_of and _do_the_same(one._compiler, compiler):
+                return one
+        cls._all.append(cls(compiler, *made_of))
+        return cls._all[-1]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._budget is None:
@@ -143,7 +153,7 @@ def _budgeted(budget: float) -> Iterator[None]:
         functorch_config.activation_memory_budget = before
 
 
-def _compiler(block: nn.Module) -> Callable[[Any], Any]:
+def _compiler(block: nn.Module) -> _Compiler:
     """What the user compiled this block with: backend, mode and dynamic shapes included."""
     if hasattr(block, "dynamo_ctx"):
         return block.dynamo_ctx  # type: ignore[return-value]
@@ -151,6 +161,14 @@ def _compiler(block: nn.Module) -> Callable[[Any], Any]:
     compiled = getattr(compiled, "original", compiled)
     context = inspect.getclosurevars(compiled).nonlocals.get("self")
     return context if callable(context) else torch.compile
+
+
+def _do_the_same(one: Any, other: Any) -> bool:
+    """Whether two results of ``_compiler`` have the same backend and options."""
+    if one is torch.compile or other is torch.compile:
+        return one is other
+    backends = [torch._dynamo.eval_frame.innermost_backend(compiler.callback) for compiler in (one, other)]
+    return bool(backends[0] == backends[1] and one._dynamic == other._dynamic)
 
 
 def _structure(core: nn.Module) -> tuple[Any, ...]:

@@ -10,9 +10,10 @@ from text_model import Block
 from torch import Tensor, nn
 
 from gradckpt_dist import StorageError
-from gradckpt_dist.storage import Storage, StorageContext, create_storage
+from gradckpt_dist.storage import Storage, StorageContext, create_storage, variant
 from gradckpt_dist.storage.compiled import CompiledSelectiveHalf
 from gradckpt_dist.storage.keep import Keep
+from gradckpt_dist.storage.kept_inputs import KeptInputs
 from gradckpt_dist.storage.recompute import Recompute
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -156,12 +157,18 @@ def test_ever_new_shapes_are_not_all_compared(caplog: pytest.LogCaptureFixture) 
     assert caplog.text.count("more than 8 shapes") == 1
 
 
-def test_sharded_weights_and_moved_inputs_are_left_to_checkpoint() -> None:
+@pytest.mark.parametrize("reason", ["shards", "inputs", "random states"])
+def test_what_frameworks_see_to_is_left_to_checkpoint(reason: str) -> None:
     torch.manual_seed(0)
-    block = Branched(broken=False)
-    block.first.weight.ds_id = 0  # type: ignore[assignment]
+    block, context = Branched(broken=False), StorageContext()
+    if reason == "shards":
+        block.first.weight.ds_id = 0  # type: ignore[assignment]
+    elif reason == "inputs":
+        context.kept_inputs = KeptInputs()
+    else:
+        context.foreign_random_states = True
     block.compile(backend="aot_eager")
-    storage, forward = create_storage("recompute", block), Counted(block)
+    storage, forward = create_storage("recompute", block, context), Counted(block)
     x, shift = torch.randn(4, 32), torch.randn(64)
     _step(storage, forward, block, x, scale=0.5, shift=shift)
     assert (forward.calls, storage.recomputes) == (2, 1)
@@ -185,3 +192,13 @@ def test_blocks_of_one_class_are_compared_by_structure_and_mode() -> None:
 
 def test_an_eager_block_has_no_variant() -> None:
     assert type(create_storage("recompute", Block(64, 4, 0.0))) is Recompute
+
+
+def test_blocks_compiled_by_different_backends_share_nothing() -> None:
+    x = torch.randn(4, 128, 64)
+    for backend in ("aot_eager", "inductor"):
+        torch.manual_seed(0)
+        block = Block(64, 4, 0.2)
+        block.compile(backend=backend)
+        _assert_same(_step(create_storage("recompute", block), block, block, x), _step(Keep(block), block, block, x))
+    assert len(variant._Compilation._all) == 2

@@ -57,7 +57,7 @@ def _bench(plan: FrontierPlan) -> dict[str, Any]:
 
 
 def _rows(crew: Crew, plan: FrontierPlan, model: ModelPlan) -> Rows:
-    settings = [*model.peers(), *settle(crew, model)]
+    settings = [*model.peers(), *settle(crew, plan, model)]
     same = first_with_mask(settings)
     timer = Timer(crew, plan, model.reference)
     timer.run([setting for setting in settings if same[setting] == setting])

@@ -37,18 +37,37 @@ class Bytes:
     relative_error: float
 
 
-def settle(crew: Crew, model: ModelPlan) -> list[Setting]:
-    """Ours at every budget and tolerance, with the masks that they come to."""
+def settle(crew: Crew, plan: FrontierPlan, model: ModelPlan) -> list[Setting]:
+    """Ours at every budget and tolerance, with the masks that they come to; on compiled blocks at one budget more."""
+    full = budget_of_full_recompute(crew, plan, model)
     settled = []
     for setting in model.ours():
         progress(f"settling {setting}")
+        budgets = (*model.budgets, full) if setting.compiled and full is not None else model.budgets
         with crew.working([setting]) as working:
             for worker, _ in working.values():
-                for budget in model.budgets:
+                for budget in budgets:
                     answer = crew.ask(replace(setting, budget=budget), worker, {"do": "settle", "budget": budget})
                     if answer is not None:
                         settled.append(replace(setting, budget=budget, storages=tuple(answer["storages"])))
     return settled
+
+
+def budget_of_full_recompute(crew: Crew, plan: FrontierPlan, model: ModelPlan) -> float | None:
+    """The fraction at which ours may have the peak of compiled blocks with a checkpoint around each, as measured.
+
+    Ours needs less than that when it recomputes all of them, and a fraction starts from there. None where these are not
+    among the peers.
+    """
+    if model.compiled_extremes is None:
+        return None
+    full, keep = model.compiled_extremes
+    own = replace(full, system=OURS, storages=("recompute",) * plan.size.blocks(model.model))
+    found = measure_bytes(crew, [full, keep, own])
+    if not {full, keep, own} <= set(found):
+        return None
+    start, span = found[own].peak_bytes, found[keep].peak_bytes - found[own].peak_bytes
+    return round(min(1.0, max(0.0, (found[full].peak_bytes - start) / span)), 3) if span > 0 else None
 
 
 def first_with_mask(settings: Sequence[Setting]) -> dict[Setting, Setting]:

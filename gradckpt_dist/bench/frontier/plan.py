@@ -32,6 +32,14 @@ class ModelPlan:
         """What all others are compared with."""
         return Setting(system="keep", model=self.model)
 
+    @property
+    def compiled_extremes(self) -> tuple[Setting, Setting] | None:
+        """Full recompute and ``keep`` of compiled blocks, where both are among the peers of ours on such blocks."""
+        if not (self.compiled_tolerances and {"keep", "recompute"} <= set(self.compiled_peers)):
+            return None
+        full, keep = (Setting(system=system, model=self.model, compiled=True) for system in ("recompute", "keep"))
+        return full, keep
+
     def peers(self) -> Iterator[Setting]:
         """All but the reference."""
         for system in self.eager_peers:

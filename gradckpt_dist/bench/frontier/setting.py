@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 OURS = "gradckpt"
+UNEVEN_BLOCKS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,10 @@ class Size:
     batch: int
     layers: int
     head_width: int
+
+    def blocks(self, model: str) -> int:
+        """How many blocks that model has."""
+        return UNEVEN_BLOCKS if model == "uneven" else self.layers
 
 
 @dataclass(frozen=True, kw_only=True)

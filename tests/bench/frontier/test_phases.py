@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gradckpt_dist.bench.frontier.crew import Crew
-from gradckpt_dist.bench.frontier.phases import Timer, first_with_mask, measure_bytes, settle
+from gradckpt_dist.bench.frontier.phases import Timer, budget_of_full_recompute, first_with_mask, measure_bytes, settle
 from gradckpt_dist.bench.frontier.plan import QUICK
 from gradckpt_dist.bench.frontier.processes import Processes
 from gradckpt_dist.bench.frontier.setting import Setting
@@ -35,7 +35,9 @@ def main():
             answer = {"storages": ["keep" if request["budget"] > 0.5 else "recompute"]}
         else:
             held = len(request["storages"]) + int("MALLOC_MMAP_THRESHOLD_" in os.environ) + 10 * setting["tolerance"]
-            answer = {"held_bytes": held, "peak_bytes": os.getpid(), "relative_error": 0}
+            peaks = {"recompute": 56, "keep": 250, "gradckpt": 50}
+            peak = peaks[setting["system"]] if setting["compiled"] else os.getpid()
+            answer = {"held_bytes": held, "peak_bytes": peak, "relative_error": 0}
         print(json.dumps(answer), flush=True)
 """
 KEEP = Setting(system="keep", model="demo")
@@ -81,12 +83,20 @@ def test_steps_are_compared_with_keep_in_the_same_rounds(processes: Processes, g
 
 
 def test_masks_are_settled_for_every_budget(processes: Processes) -> None:
-    settled = settle(_crew(processes), QUICK.models[0])
+    settled = settle(_crew(processes), QUICK, QUICK.models[0])
     assert [(setting.tolerance, setting.budget, setting.storages) for setting in settled] == [
         (tolerance, budget, (storage,))
         for tolerance in (0.0, 0.05)
         for budget, storage in ((0, "recompute"), (1, "keep"))
     ]
+
+
+def test_compiled_blocks_are_settled_at_full_recomputes_peak_too(processes: Processes) -> None:
+    model = replace(QUICK.models[0], compiled_peers=("keep", "recompute"), compiled_tolerances=(0.05,))
+    settled = settle(_crew(processes), QUICK, model)
+    assert [setting.budget for setting in settled if setting.compiled] == [0.0, 1.0, 0.03]
+    assert {setting.budget for setting in settled if not setting.compiled} == {0.0, 1.0}
+    assert budget_of_full_recompute(_crew(processes), QUICK, replace(model, compiled_peers=("keep",))) is None
 
 
 def test_bytes_are_measured_with_malloc_set_up_and_ours_in_one_process(processes: Processes) -> None:
