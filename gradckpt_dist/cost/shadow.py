@@ -19,6 +19,7 @@ from gradckpt_dist.cost.clock import DeviceClock, Mark
 from gradckpt_dist.cost.trap import Gradients
 from gradckpt_dist.storage import Forward, Storage
 from gradckpt_dist.storage.buffers import BufferGuard
+from gradckpt_dist.storage.hooks import hooks_withheld
 from gradckpt_dist.storage.ledger import Ledger, Measurement, is_parameter
 from gradckpt_dist.storage.operations import device_of
 from gradckpt_dist.storage.parts import part_of
@@ -109,7 +110,7 @@ class ShadowCall:
         parameters = parameters_of(self._block)
         inputs = [tensor for tensor in self._inputs if tensor.requires_grad]
         forward, backward = (Allocations(device_of(self._inputs), enabled=ledger is not None) for _ in range(2))
-        with self._restored(), _hooks_withheld(parameters), torch.enable_grad():
+        with self._restored(), hooks_withheld(parameters), torch.enable_grad():
             start = clock.mark()
             with forward:
                 outputs = output_tensors(self._call(storage, ledger))
@@ -192,19 +193,6 @@ def _is_stateless(leaf: Any) -> bool:
     values = getattr(leaf, "__dict__", {}).values()
     tied = any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
     return not tied and not type(leaf).__name__.endswith("Cache")
-
-
-@contextlib.contextmanager
-def _hooks_withheld(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
-    """``torch.autograd.grad`` would run the tensor hooks that a user has put on parameters."""
-    kept = [(hooks, dict(hooks)) for tensor in parameters if (hooks := tensor._backward_hooks)]
-    for hooks, _ in kept:
-        hooks.clear()
-    try:
-        yield
-    finally:
-        for hooks, content in kept:
-            hooks.update(content)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gradckpt_dist.storage.base import Forward
 from gradckpt_dist.storage.buffers import BufferGuard
+from gradckpt_dist.storage.hooks import hooks_withheld
 from gradckpt_dist.storage.ledger import storage_bytes
 from gradckpt_dist.storage.operations import device_of
 
@@ -54,7 +55,7 @@ class Variant:
         self._core: nn.Module = getattr(block, "_orig_mod", block)
         self._shared = _Compilation.of(block, self._core, call, budget)
         self._parts = tuple(self._core.modules())
-        self._structure = _structure(self._core)
+        self._structure = self._shared.number_of(_structure(self._core))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """In the place of the block's forward."""
@@ -99,11 +100,10 @@ class Variant:
     def _outcome(self, call: Forward, args: Any, kwargs: Any) -> tuple[Tensor | None, ...]:
         """Outputs, gradients, buffers and the next random number, from the coming call's; all stays as it is."""
         args, kwargs = tree_map_only(Tensor, _leaf, (args, kwargs))
-        wanted = [*_tensors((args, kwargs)), *self._core.parameters()]
-        wanted = [tensor for tensor in wanted if tensor.requires_grad]
-        guard = BufferGuard(self._core)
-        device = device_of(wanted)
-        with _same_random_numbers(device), guard.substituted(guard.snapshot()):
+        parameters = tuple(self._core.parameters())
+        wanted = [tensor for tensor in (*_tensors((args, kwargs)), *parameters) if tensor.requires_grad]
+        guard, device = BufferGuard(self._core), device_of(wanted)
+        with _same_random_numbers(device), guard.substituted(guard.snapshot()), hooks_withheld(parameters):
             outputs = [out for out in _tensors(call(*args, **kwargs)) if out.requires_grad]
             following = torch.rand((), device=device)
             ones = [torch.ones_like(out) for out in outputs]
@@ -125,6 +125,7 @@ class _Compilation:
         self._compiler = compiler
         self._compiled = compiler(function)
         self._budget = budget
+        self._structures: dict[tuple[Any, ...], int] = {}
         self.verdicts: dict[tuple[Any, ...], Verdict] = {}
 
     @classmethod
@@ -135,6 +136,10 @@ class _Compilation:
                 return one
         cls._all.append(cls(compiler, *made_of))
         return cls._all[-1]
+
+    def number_of(self, structure: tuple[Any, ...]) -> int:
+        """The same for equal structures."""
+        return self._structures.setdefault(structure, len(self._structures))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._budget is None:

@@ -190,6 +190,18 @@ def test_blocks_of_one_class_are_compared_by_structure_and_mode() -> None:
         storage.run(random, x)
 
 
+def test_hooks_of_parameters_see_one_gradient_a_step() -> None:
+    torch.manual_seed(0)
+    block = Block(64, 4, 0.0)
+    block.compile(backend="aot_eager")
+    seen: list[Tensor] = []
+    block.qkv.weight.register_hook(seen.append)
+    storage = create_storage("recompute", block)
+    for _ in range(2):
+        storage.run(block, torch.randn(2, 16, 64)).sum().backward()
+    assert len(seen) == 2
+
+
 def test_an_eager_block_has_no_variant() -> None:
     assert type(create_storage("recompute", Block(64, 4, 0.0))) is Recompute
 
