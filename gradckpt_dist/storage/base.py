@@ -25,7 +25,7 @@ class Storage(ABC):
     exact: ClassVar[bool]
     """Whether the gradients are bitwise those of ``keep``."""
     reruns: ClassVar[bool]
-    """Whether backward calls the block's forward again, in full or in part."""
+    """Whether the block's forward is called again, in full or in part: in backward, or beside the first call."""
     fetches_ahead: ClassVar[bool] = False
     """Whether what the block before holds so is brought back while this one is in backward."""
 

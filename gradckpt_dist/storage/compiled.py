@@ -38,7 +38,7 @@ class CompiledSelective(Storage):
 
     name = "selective"
     exact = True
-    reruns = False
+    reruns = True
     budget: ClassVar[float] = 0.7
 
     def __init__(self, block: nn.Module) -> None:

@@ -158,8 +158,9 @@ def test_compiled_layers_are_one_graph_over_all_masks() -> None:
         switched.set(storages)
         assert same(gradients(model, lambda: _loss(model, use_cache=False)), expected)
         assert graphs == 2 * compiled  # recompute has a graph of its own
-    switched.set(["recompute"] * 3)
-    assert same(gradients(model, lambda: _loss(model, use_cache=True)), expected)
+    for storage in ("recompute", "selective"):
+        switched.set([storage] * 3)
+        assert same(gradients(model, lambda: _loss(model, use_cache=True)), expected)
 
 
 def test_a_checkpoint_wrapper_around_a_layer_does_not_double_the_cache() -> None:
