@@ -194,6 +194,12 @@ def device_of(tensors: Sequence[torch.Tensor]) -> torch.device:
     return next((tensor.device for tensor in tensors if tensor.is_floating_point()), torch.device("cpu"))
 
 
+def autocast_of(tensors: Sequence[torch.Tensor]) -> tuple[bool, torch.dtype]:
+    """Whether autocast is on where these are, and to what it casts."""
+    device = device_of(tensors).type
+    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+
 def storage_key(tensor: torch.Tensor) -> int:
     """Identity of a tensor's storage, for as long as somebody holds it."""
     key: int = tensor.untyped_storage()._cdata

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -16,7 +16,7 @@ from gradckpt_dist.storage.context import StorageContext
 from gradckpt_dist.storage.half_choice import Cost, HalfChoice, HalfChoices, HalfSelection
 from gradckpt_dist.storage.ledger import is_parameter, storage_bytes
 from gradckpt_dist.storage.operation_cache import Entry, OperationCache, save
-from gradckpt_dist.storage.operations import device_of, inner_tensors
+from gradckpt_dist.storage.operations import autocast_of, device_of, inner_tensors
 from gradckpt_dist.storage.recompute import Passes, Recompute
 from gradckpt_dist.storage.recorder import AllExpensive, Recorder, Replayer, Selection
 from gradckpt_dist.storage.stopwatch import Stopwatch
@@ -63,7 +63,7 @@ class SelectiveHalf(Selective):
 
     def _passes(self, inputs: tuple[Any, ...]) -> Passes:
         tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
-        kind = (*self._kind, *((t.dtype, t.device, t.requires_grad) for t in tensors), *_autocast(tensors))
+        kind = (*self._kind, *((t.dtype, t.device, t.requires_grad) for t in tensors), *autocast_of(tensors))
         choice = self._choices.find(kind, tuple(t.shape for t in tensors))
         if choice.settled:
             return SelectivePasses(self, choice.selection)
@@ -149,8 +149,3 @@ class _ProfiledPasses(SelectivePasses):
 def _cost(entry: Entry, held: Mapping[int, int]) -> Cost:
     new_bytes = sum(size for key, size in storage_bytes(entry.leaves).items() if key not in held)
     return Cost(seconds=entry.seconds() if entry.seconds is not None else 0.0, held_bytes=new_bytes)
-
-
-def _autocast(tensors: list[torch.Tensor]) -> tuple[Hashable, ...]:
-    device = device_of(tensors).type
-    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)

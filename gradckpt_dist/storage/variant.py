@@ -19,11 +19,9 @@ from gradckpt_dist.storage.base import Forward
 from gradckpt_dist.storage.buffers import BufferGuard
 from gradckpt_dist.storage.hooks import hooks_withheld
 from gradckpt_dist.storage.ledger import storage_bytes
-from gradckpt_dist.storage.operations import device_of
+from gradckpt_dist.storage.operations import autocast_of, device_of
 
 _Compiler = Callable[[Any], Any]
-
-_AUTOCAST_DEVICES = ("cpu", "cuda")
 
 
 def is_compiled(block: nn.Module) -> bool:
@@ -79,12 +77,9 @@ class Variant:
 
     def _key(self, args: Any, kwargs: Any) -> tuple[Any, ...]:
         """All on which the choice of what to compute again, and so its correctness, may depend."""
-        tensors = tuple((tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in _tensors((args, kwargs)))
-        autocast = tuple(
-            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-            for device in _AUTOCAST_DEVICES
-        )
-        return (self._structure, tensors, autocast, tuple(part.training for part in self._parts))
+        tensors = _tensors((args, kwargs))
+        inputs = tuple((tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in tensors)
+        return (self._structure, inputs, autocast_of(tensors), tuple(part.training for part in self._parts))
 
     def _compare(self, forward: Forward, args: Any, kwargs: Any) -> Verdict:
         theirs = self._outcome(forward, args, kwargs)

@@ -138,7 +138,7 @@ def test_checkpointing_of_transformers_itself_is_taken_over_and_given_back() -> 
     assert calls == 3
 
 
-def test_compiled_layers_are_one_graph_over_all_masks() -> None:
+def test_compiled_layers_are_two_graphs_over_all_masks() -> None:
     torch._dynamo.reset()
     graphs = 0
 
