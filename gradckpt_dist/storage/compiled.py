@@ -20,7 +20,7 @@ from gradckpt_dist.storage.base import Forward, Storage
 from gradckpt_dist.storage.context import StorageContext
 from gradckpt_dist.storage.parts import is_whole_parameter
 from gradckpt_dist.storage.recompute import Recompute
-from gradckpt_dist.storage.variant import Variant, Verdict
+from gradckpt_dist.storage.variant import Settings, Variant, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -43,29 +43,27 @@ class CompiledSelective(Storage):
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__(block)
-        self._variant = Variant(block, _call_block, self.budget)
+        self._variant = Variant(block, call_block, Settings(budget=self.budget))
 
     def run(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
-        self.ensure_verified(forward, args, kwargs)
-        return self.call_variant(*args, **kwargs)
-
-    def call_variant(self, *args: Any, **kwargs: Any) -> Any:
-        """In the place of the block's forward."""
+        self.verified(forward, args, kwargs)
         return self._variant(*args, **kwargs)
 
-    def ensure_verified(self, forward: Forward, args: Any, kwargs: Any) -> None:
-        """Before the first call with each shape.
+    def verified(self, forward: Forward, args: Any, kwargs: Any) -> Verdict:
+        """The verdict on the variant, to be asked for before each call.
 
         Raises:
             StorageError: a gradient of the variant differs from one of the user's own compilation.
         """
-        if not self._variant.compare(forward, args, kwargs).exact:
+        verdict = self._variant.compare(forward, args, kwargs)
+        if not verdict.exact:
             raise StorageError(
                 f"{self.name!r} is refused for the compiled {type(self.block).__name__}: what torch.compile computes "
                 "again under an activation memory budget has other random numbers (pytorch#190758) or, in half "
                 "precision, other roundings, which makes other gradients; use keep, recompute, compress or offload "
                 "there, or set its dropout to 0"
             )
+        return verdict
 
 
 class CompiledSelectiveHalf(CompiledSelective):
@@ -94,7 +92,7 @@ class CompiledRecompute(Recompute):
         if not self._serves(forward, args, kwargs):
             return super().run(forward, *args, **kwargs)
         result = self._variant(*args, **kwargs)
-        node = next((leaf.grad_fn for leaf in tree_leaves(result) if getattr(leaf, "grad_fn", None) is not None), None)
+        node = node_of(result)
         if node is not None:
             node.register_prehook(self._count)
         return result
@@ -137,7 +135,13 @@ def _is_recomputation(verdict: Verdict) -> bool:
     return verdict.exact and verdict.held_bytes <= verdict.input_bytes + _RANDOM_STATE_BYTES
 
 
-def _call_block(core: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def node_of(result: Any) -> Any:
+    """The node of the first output that has one, else None."""
+    return next((leaf.grad_fn for leaf in tree_leaves(result) if getattr(leaf, "grad_fn", None) is not None), None)
+
+
+def call_block(core: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What ``selective`` has compiled."""
     return core._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 

@@ -19,7 +19,7 @@ from gradckpt_dist.storage.quantiser import DTYPES, plain_torch
 from gradckpt_dist.storage.recipe import Key
 from gradckpt_dist.storage.variant import is_compiled
 
-_ATTENTION_BITS = {8: 8, 6: 6, 4: 8}
+ATTENTION_BITS = {8: 8, 6: 6, 4: 8}
 
 
 class Compress8(Lossy):
@@ -77,21 +77,28 @@ class Compress4(Compress8):
 class CompressedCall(DeferredCall):
     """One forward of one block under ``storage``, which holds what ``choice`` says as codes or as what makes it.
 
+    ``largest_bytes``: of what the block would save, where it does not save that here.
+
     Raises:
         StorageError: inside a torch.func transform.
     """
 
-    def __init__(self, storage: Lossy, choice: Choice) -> None:
+    def __init__(self, storage: Lossy, choice: Choice, *, largest_bytes: int = 0) -> None:
         super().__init__(storage.name, storage.account, lossy=True)
+        self._largest_bytes = largest_bytes
         self._choice = choice
         self._bits = storage.bits
         self._noise = storage.noise
 
-    def seal(self) -> None:
-        """End of the forward: no tensor that is still saved stays as it is if it may be held otherwise."""
+    def seal(self) -> int:
+        """End of the forward: no tensor that is still saved stays as it is if it may be held otherwise.
+
+        Gives how many of them have been compressed now.
+        """
         alive = self.end()
-        self._hold(alive, list(alive.items()))
+        compressed = self._hold(alive, list(alive.items()))
         self._account.slack.end_forward()
+        return compressed
 
     def before_saving(self) -> None:
         """What the forward is done with need not wait for its end: its peak would be that of ``keep``."""
@@ -100,8 +107,8 @@ class CompressedCall(DeferredCall):
             with plain_torch():
                 self._hold(self.saved(), idle)
 
-    def _hold(self, saved: dict[Key, Place], settled: list[tuple[Key, Place]]) -> None:
-        """Of the places that are ``saved``, hold those that are ``settled``."""
+    def _hold(self, saved: dict[Key, Place], settled: list[tuple[Key, Place]]) -> int:
+        """Of the places that are ``saved``, hold those that are ``settled``; gives how many as codes."""
         roles = self._roles([place for _, place in settled], saved.values())
         # What is made of others goes first: codes are the more memory while their originals are there.
         coded = {
@@ -111,7 +118,8 @@ class CompressedCall(DeferredCall):
             and (role is Role.ATTENDED or not derive(key, place, saved, self._choice.recipes))
         }
         for place, role in coded.items():
-            place.compress(_ATTENTION_BITS[self._bits] if role is Role.ATTENDED else self._bits, self._noise)
+            place.compress(ATTENTION_BITS[self._bits] if role is Role.ATTENDED else self._bits, self._noise)
+        return len(coded)
 
     def _roles(self, places: list[Place], saved: Collection[Place]) -> dict[Place, Role]:
         """Of those that may be compressed; no sample outlives the call."""

@@ -26,7 +26,7 @@ from gradckpt_dist.storage.saved import (
     without_memory,
 )
 
-_STATISTIC_FRACTION = 1 / 32
+STATISTIC_FRACTION = 1 / 32
 """What is smaller, so much smaller than the largest that a block saves, holds a statistic: its bytes do not matter."""
 
 
@@ -185,7 +185,7 @@ class DeferredCall:
     @property
     def least_bytes(self) -> float:
         """Storages below that hold statistics, by the largest that was saved so far."""
-        return self._largest_bytes * _STATISTIC_FRACTION
+        return self._largest_bytes * STATISTIC_FRACTION
 
     def before_saving(self) -> None:
         """Something else than parameters and what is saved already is about to be saved."""

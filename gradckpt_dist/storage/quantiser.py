@@ -58,10 +58,7 @@ def quantise(tensor: Tensor, bits: int, noise: NoiseSource) -> Quantised | None:
             f"cannot quantise {tensor.dtype} in {bits} bits; give float32, float16 or bfloat16, and 8, 6 or 4 bits"
         )
     with plain_torch():
-        inputs = [_chunked(tensor)]
-        if bits == 4:
-            inputs.append(torch.full((1,), noise.draw(), dtype=torch.int32, device=tensor.device))
-        packed = _KERNELS[bits].quantise(*inputs)
+        packed = pack(tensor, bits, noise)
         if tensor.device.type == "cpu" and _holds_nan(packed):
             return None
         return Quantised(packed=packed, bits=bits, shape=tensor.shape)
@@ -70,9 +67,23 @@ def quantise(tensor: Tensor, bits: int, noise: NoiseSource) -> Quantised | None:
 def dequantise(quantised: Quantised) -> Tensor:
     """The tensor again: contiguous, in its shape and dtype."""
     with plain_torch():
-        chunks: Tensor = _KERNELS[quantised.bits].dequantise(*quantised.packed)
-        padded = chunks.numel() > quantised.shape.numel()
-        return (chunks.view(-1)[: quantised.shape.numel()] if padded else chunks).view(quantised.shape)
+        return unpack(quantised.packed, quantised.bits, quantised.shape)
+
+
+def pack(tensor: Tensor, bits: int, noise: NoiseSource) -> kernels.Packed:
+    """The codes of ``quantise``, whatever the values; a group that cannot be held comes back as NaN."""
+    inputs = [chunked(tensor)]
+    if bits == 4:
+        inputs.append(torch.full((1,), noise.draw(), dtype=torch.int32, device=tensor.device))
+    packed: kernels.Packed = _KERNELS[bits].quantise(*inputs)
+    return packed
+
+
+def unpack(packed: kernels.Packed, bits: int, shape: torch.Size) -> Tensor:
+    """A contiguous tensor of ``shape`` from what ``pack`` has made of one with as many elements."""
+    chunks: Tensor = _KERNELS[bits].dequantise(*packed)
+    padded = chunks.numel() > shape.numel()
+    return (chunks.view(-1)[: shape.numel()] if padded else chunks).view(shape)
 
 
 class _Kernel:
@@ -136,7 +147,7 @@ _KERNELS = {
 }
 
 
-def _chunked(tensor: Tensor) -> Tensor:
+def chunked(tensor: Tensor) -> Tensor:
     """[chunks, 128, 16]; padding repeats the last value, so that no group's range leaves that of the tensor."""
     flat = tensor.detach().reshape(-1)
     missing = -flat.numel() % kernels.CHUNK

@@ -34,24 +34,26 @@ class Verdict:
     """How a variant compares with the block as the user compiled it.
 
     ``exact``: outputs, gradients, buffers and what is drawn next are the same, bit for bit. ``held_bytes``: what its
-    forward saves but for parameters; ``input_bytes``: what the block was given. Each storage counts once.
+    forward saves but for parameters, and ``largest_bytes`` the most for one of them; ``input_bytes``: what the block was
+    given. Each storage counts once.
     """
 
     exact: bool
     held_bytes: int
+    largest_bytes: int
     input_bytes: int
 
 
 class Variant:
     """Calls one block by ``call(core, *args, **kwargs)``, compiled with the backend and the options of the user.
 
-    ``budget``: torch.compile's activation memory budget for it, a fraction; None leaves it to the user. Blocks of one
-    class share what is compiled, and blocks of one structure share verdicts.
+    ``settings``: what torch.compile is told for it alone. Blocks of one class share what is compiled, and blocks of one
+    structure share verdicts.
     """
 
-    def __init__(self, block: nn.Module, call: Callable[..., Any], budget: float | None = None) -> None:
+    def __init__(self, block: nn.Module, call: Callable[..., Any], settings: Settings | None = None) -> None:
         self._core: nn.Module = getattr(block, "_orig_mod", block)
-        self._shared = _Compilation.of(block, self._core, call, budget)
+        self._shared = _Compilation.of(block, self._core, call, settings or Settings())
         self._parts = tuple(self._core.modules())
         self._structure = self._shared.number_of(_structure(self._core))
 
@@ -66,16 +68,16 @@ class Variant:
 
     def known(self, args: Any, kwargs: Any) -> Verdict | None:
         """The verdict on blocks of this structure with such inputs, if there is one."""
-        return self._shared.verdicts.get(self._key(args, kwargs))
+        return self._shared.verdicts.get(self.key(args, kwargs))
 
     def compare(self, forward: Forward, args: Any, kwargs: Any) -> Verdict:
         """The verdict; the first time, forward and backward are run twice each, without a trace."""
-        key = self._key(args, kwargs)
+        key = self.key(args, kwargs)
         if key not in self._shared.verdicts:
             self._shared.verdicts[key] = self._compare(forward, args, kwargs)
         return self._shared.verdicts[key]
 
-    def _key(self, args: Any, kwargs: Any) -> tuple[Any, ...]:
+    def key(self, args: Any, kwargs: Any) -> tuple[Any, ...]:
         """All on which the choice of what to compute again, and so its correctness, may depend."""
         tensors = _tensors((args, kwargs))
         inputs = tuple((tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in tensors)
@@ -89,6 +91,7 @@ class Variant:
         return Verdict(
             exact=len(ours) == len(theirs) and all(map(_same, ours, theirs)),
             held_bytes=sum(saved.values()),
+            largest_bytes=max(saved.values(), default=0),
             input_bytes=sum(storage_bytes((args, kwargs)).values()),
         )
 
@@ -106,26 +109,55 @@ class Variant:
             return (*(out.detach() for out in outputs), *gradients, *self._core.buffers(), following)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What torch.compile is told for one variant; None leaves it to the user.
+
+    ``budget``: the activation memory budget, a fraction. ``partitioner``: what divides the traced graph into forward
+    and backward, if the user has not named one; only inductor asks for it.
+    """
+
+    budget: float | None = None
+    partitioner: Any = None
+
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """While the variant is called, as any call may compile."""
+        # Imported here: it takes a second, and not every run compiles.
+        from torch._inductor import config as inductor_config  # noqa: PLC0415
+
+        budget, partitioner = functorch_config.activation_memory_budget, inductor_config.custom_partitioner_fn
+        if self.budget is not None:
+            functorch_config.activation_memory_budget = self.budget
+        if self.partitioner is not None and partitioner is None:
+            inductor_config.custom_partitioner_fn = self.partitioner
+        try:
+            yield
+        finally:
+            functorch_config.activation_memory_budget = budget
+            inductor_config.custom_partitioner_fn = partitioner
+
+
 class _Compilation:
     """What blocks of one class share. It has a code object of its own, as torch.compile caches by that."""
 
     _all: ClassVar[list[_Compilation]] = []
 
     def __init__(
-        self, compiler: _Compiler, kind: type[nn.Module], call: Callable[..., Any], budget: float | None
+        self, compiler: _Compiler, kind: type[nn.Module], call: Callable[..., Any], settings: Settings
     ) -> None:
-        name = f"{call.__name__}_{kind.__name__}" + ("" if budget is None else f"_{round(100 * budget)}")
+        name = f"{call.__name__}_{kind.__name__}"
         function = types.FunctionType(call.__code__.replace(co_name=name), call.__globals__, name)
-        self._made_of = (kind, call, budget)
+        self._made_of = (kind, call, settings)
         self._compiler = compiler
         self._compiled = compiler(function)
-        self._budget = budget
+        self._settings = settings
         self._structures: dict[tuple[Any, ...], int] = {}
         self.verdicts: dict[tuple[Any, ...], Verdict] = {}
 
     @classmethod
-    def of(cls, block: nn.Module, core: nn.Module, call: Callable[..., Any], budget: float | None) -> _Compilation:
-        compiler, made_of = _compiler(block), (type(core), call, budget)
+    def of(cls, block: nn.Module, core: nn.Module, call: Callable[..., Any], settings: Settings) -> _Compilation:
+        compiler, made_of = _compiler(block), (type(core), call, settings)
         for one in cls._all:
             if one._made_of == made_of and _do_the_same(one._compiler, compiler):
                 return one
@@ -137,20 +169,8 @@ class _Compilation:
         return self._structures.setdefault(structure, len(self._structures))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._budget is None:
+        with self._settings.in_force():
             return self._compiled(*args, **kwargs)
-        with _budgeted(self._budget):
-            return self._compiled(*args, **kwargs)
-
-
-@contextmanager
-def _budgeted(budget: float) -> Iterator[None]:
-    before = functorch_config.activation_memory_budget
-    functorch_config.activation_memory_budget = budget
-    try:
-        yield
-    finally:
-        functorch_config.activation_memory_budget = before
 
 
 def _compiler(block: nn.Module) -> _Compiler:

@@ -76,7 +76,7 @@ _SIZE = Size(width=512, context=128, batch=8, layers=6, head_width=64)
 FULL = FrontierPlan(
     size=_SIZE,
     rounds=20,
-    group=12,
+    group=30,
     models=tuple(
         ModelPlan(
             model=model,
@@ -95,8 +95,8 @@ FULL = FrontierPlan(
 # Most of an hour.
 COARSE = FrontierPlan(
     size=_SIZE,
-    rounds=12,
-    group=12,
+    rounds=20,
+    group=30,
     models=(
         ModelPlan(
             model="demo",
@@ -124,8 +124,8 @@ COARSE = FrontierPlan(
 # Half an hour: at full recompute's peak alone, where blocks compute twice as much for each byte that they hold.
 WIDE = FrontierPlan(
     size=replace(_SIZE, width=1024),
-    rounds=12,
-    group=12,
+    rounds=20,
+    group=30,
     models=(
         ModelPlan(
             model="demo",
@@ -143,7 +143,7 @@ WIDE = FrontierPlan(
 QUICK = FrontierPlan(
     size=Size(width=128, context=64, batch=4, layers=2, head_width=32),
     rounds=3,
-    group=12,
+    group=30,
     models=(
         ModelPlan(
             model="demo",
