@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ def _dequantise_shapes(parts: Sequence[Tensor], bits: int, numel: int, dtype: to
     return parts[0].new_empty(numel, dtype=dtype)
 
 
-_LIBRARY = torch.library.Library("gradckpt", "DEF")
+_LIBRARY: Any = torch.library.Library("gradckpt", "DEF")  # type: ignore[no-untyped-call]
 _TAGS = (torch.Tag.cudagraph_unsafe, torch.Tag.pt2_compliant_tag)  # a recorded graph would repeat one seed
 _LIBRARY.define("quantise(Tensor x, int bits) -> Tensor[]", tags=_TAGS)
 _LIBRARY.define("dequantise(Tensor[] parts, int bits, int numel, ScalarType dtype) -> Tensor", tags=_TAGS)

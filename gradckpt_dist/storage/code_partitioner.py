@@ -19,6 +19,7 @@ from torch._ops import OpOverload
 from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_leaves
 
+from gradckpt_dist.storage import code_operators, kernels
 from gradckpt_dist.storage.code_operators import DEQUANTISE, QUANTISE
 from gradckpt_dist.storage.deferred import STATISTIC_FRACTION
 from gradckpt_dist.storage.lineage import Role
@@ -35,15 +36,14 @@ _AS_MADE = {
     torch.ops.aten.squeeze.dim,
 }
 """What hands on the values that it is given."""
-_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+_PRODUCTS = ("mm.", "convolution", "attention")
 _MOST_PRODUCTS_HELD = 2
 
 
-class CodePartitioner(CustomPartitionerFn):  # type: ignore[misc]
-    """Partitions as torch.compile does, and has activations saved in ``bits`` a value; in ``attention_bits``, what
-    attention's backward reads.
+class CodePartitioner(CustomPartitionerFn):
+    """Partitions as torch.compile does, and has activations saved as codes of ``bits``.
 
-    What is an activation: see ``Role``. Parameters, statistics, masks, what is small, and sizes that are not known when
+    What attention's backward reads has ``attention_bits``. What is an activation: see ``Role``. Parameters, statistics, masks, what is small, and sizes that are not known when
     the graph is compiled stay as they are.
     """
 
@@ -52,7 +52,8 @@ class CodePartitioner(CustomPartitionerFn):  # type: ignore[misc]
         self._attention_bits = attention_bits
 
     def uuid(self) -> Any:
-        return get_hash_for_files((__file__,), f"{self._bits} {self._attention_bits}")
+        sources = (__file__, code_operators.__file__, kernels.__file__)
+        return get_hash_for_files(sources, f"{self._bits} {self._attention_bits}")
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **options: Any
@@ -96,7 +97,7 @@ class _Halves:
         """Save codes of ``saved`` instead, and have backward read what they stand for."""
         value: Tensor = saved.meta["val"]
         order = sorted(range(value.dim()), key=value.stride, reverse=True)
-        with self._forward.inserting_before(self._output):
+        with self._forward.inserting_before(self._after_last_use(saved)):
             flat = _call(self._forward, torch.ops.aten.permute.default, saved, order)
             codes = _call(self._forward, QUANTISE, flat, bits)
             parts = [_call(self._forward, operator.getitem, codes, n) for n in range(len(codes.meta["val"]))]
@@ -123,6 +124,7 @@ class _Halves:
             and self._roles.get(node) is Role.ACTIVATION
             and value.dtype in DTYPES
             and all(isinstance(size, int) for size in value.shape)
+            and all(stride or size == 1 for stride, size in zip(value.stride(), value.shape, strict=True))
             and not node.meta.get("saved_tensor_with_no_vc_check")
             and bool(self._restored(node).users)
         )
@@ -131,12 +133,20 @@ class _Halves:
         """The placeholder by which backward is given it."""
         return next(node for node in self._backward.find_nodes(op="placeholder") if node.name == saved.name)
 
+    def _after_last_use(self, saved: fx.Node) -> fx.Node:
+        """What comes next in forward once nothing else reads it."""
+        last: fx.Node = max((saved, *(user for user in saved.users if user is not self._output)))
+        following = last.next
+        while following.op == "placeholder":
+            following = following.next
+        return following
+
     def _near_each_other(self, place: fx.Node) -> list[list[fx.Node]]:
-        """The users of ``place`` in groups, each to have it restored once: two products apart, it would be in the way."""
+        """The users of ``place``, in groups that have it restored once each: it is not held for two products."""
         groups: list[list[fx.Node]] = []
         products = 0
         for node in self._backward.nodes:
-            products += node.target in _PRODUCTS
+            products += any(name in str(node.target) for name in _PRODUCTS)
             if place in node.all_input_nodes:
                 if not groups or products >= _MOST_PRODUCTS_HELD:
                     groups.append([])

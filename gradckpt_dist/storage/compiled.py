@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 from gradckpt_dist.errors import StorageError
 from gradckpt_dist.storage.base import Forward, Storage
 from gradckpt_dist.storage.context import StorageContext
-from gradckpt_dist.storage.parts import is_whole_parameter
 from gradckpt_dist.storage.recompute import Recompute
 from gradckpt_dist.storage.variant import Settings, Variant, Verdict
 
@@ -53,8 +52,15 @@ class CompiledSelective(Storage):
         """The verdict on the variant, to be asked for before each call.
 
         Raises:
-            StorageError: a gradient of the variant differs from one of the user's own compilation.
+            StorageError: a gradient of the variant differs from one of the user's own compilation; weights are in
+                shards, which a comparison would gather on the ranks alone that have met a new shape.
         """
+        if not self._variant.is_whole:
+            raise StorageError(
+                f"{self.name!r} is refused for the compiled {type(self.block).__name__}, whose weights are sharded "
+                "(FSDP, ZeRO-3, tensor parallelism): it has to be compared with the block for each shape of inputs, "
+                "and ranks may not meet the same shapes; use keep, recompute, compress or offload there"
+            )
         verdict = self._variant.compare(forward, args, kwargs)
         if not verdict.exact:
             raise StorageError(
@@ -85,8 +91,7 @@ class CompiledRecompute(Recompute):
         super().__init__(block, context)
         self._shared = context
         self._variant = Variant(block, _checkpoint_block)
-        parameters = tuple(block.parameters())
-        self._possible = bool(parameters) and all(map(is_whole_parameter, parameters))
+        self._possible = self._variant.is_whole and any(True for _ in block.parameters())
 
     def run(self, forward: Forward, /, *args: Any, **kwargs: Any) -> Any:
         if not self._serves(forward, args, kwargs):

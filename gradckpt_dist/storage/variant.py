@@ -20,6 +20,7 @@ from gradckpt_dist.storage.buffers import BufferGuard
 from gradckpt_dist.storage.hooks import hooks_withheld
 from gradckpt_dist.storage.ledger import storage_bytes
 from gradckpt_dist.storage.operations import autocast_of, device_of
+from gradckpt_dist.storage.parts import is_whole_parameter
 
 _Compiler = Callable[[Any], Any]
 
@@ -34,8 +35,8 @@ class Verdict:
     """How a variant compares with the block as the user compiled it.
 
     ``exact``: outputs, gradients, buffers and what is drawn next are the same, bit for bit. ``held_bytes``: what its
-    forward saves but for parameters, and ``largest_bytes`` the most for one of them; ``input_bytes``: what the block was
-    given. Each storage counts once.
+    forward saves but for parameters; ``largest_bytes``: the most that one of these takes; ``input_bytes``: what the
+    block was given. Each storage counts once.
     """
 
     exact: bool
@@ -56,6 +57,8 @@ class Variant:
         self._shared = _Compilation.of(block, self._core, call, settings or Settings())
         self._parts = tuple(self._core.modules())
         self._structure = self._shared.number_of(_structure(self._core))
+        self.is_whole = all(map(is_whole_parameter, self._core.parameters()))
+        """Whether all of its weights are on this rank."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """In the place of the block's forward."""
