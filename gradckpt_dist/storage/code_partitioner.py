@@ -43,8 +43,8 @@ _MOST_PRODUCTS_HELD = 2
 class CodePartitioner(CustomPartitionerFn):
     """Partitions as torch.compile does, and has activations saved as codes of ``bits``.
 
-    What attention's backward reads has ``attention_bits``. What is an activation: see ``Role``. Parameters, statistics, masks, what is small, and sizes that are not known when
-    the graph is compiled stay as they are.
+    What attention's backward reads has ``attention_bits``. What is an activation: see ``Role``. Parameters, statistics,
+    masks, what is small or expanded, and what has sizes that are not known when the graph is compiled stay as they are.
     """
 
     def __init__(self, bits: int, attention_bits: int) -> None:
@@ -81,6 +81,7 @@ class _Halves:
         self._backward = backward
         self._output = forward.output_node()
         self._outputs = outputs
+        self._places: dict[str, fx.Node] = {node.name: node for node in backward.find_nodes(op="placeholder")}
         self._roles = _roles(forward, backward, frozenset(static))
 
     def activations(self) -> list[fx.Node]:
@@ -131,7 +132,7 @@ class _Halves:
 
     def _restored(self, saved: fx.Node) -> fx.Node:
         """The placeholder by which backward is given it."""
-        return next(node for node in self._backward.find_nodes(op="placeholder") if node.name == saved.name)
+        return self._places[saved.name]
 
     def _after_last_use(self, saved: fx.Node) -> fx.Node:
         """What comes next in forward once nothing else reads it."""

@@ -19,7 +19,8 @@ from gradckpt_dist.errors import StorageError
 from gradckpt_dist.storage.base import Forward, Storage
 from gradckpt_dist.storage.context import StorageContext
 from gradckpt_dist.storage.recompute import Recompute
-from gradckpt_dist.storage.variant import Settings, Variant, Verdict
+from gradckpt_dist.storage.variant import Settings, Variant
+from gradckpt_dist.storage.verdict import Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ class CompiledSelective(Storage):
     exact = True
     reruns = True
     budget: ClassVar[float] = 0.7
+    most_error: ClassVar[float] = 0.0
+    """So much the variant's gradients may differ from the block's, relative to these."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__(block)
@@ -62,12 +65,12 @@ class CompiledSelective(Storage):
                 "and ranks may not meet the same shapes; use keep, recompute, compress or offload there"
             )
         verdict = self._variant.compare(forward, args, kwargs)
-        if not verdict.exact:
+        if not (verdict.exact or verdict.relative_error <= self.most_error):
             raise StorageError(
                 f"{self.name!r} is refused for the compiled {type(self.block).__name__}: what torch.compile computes "
                 "again under an activation memory budget has other random numbers (pytorch#190758) or, in half "
-                "precision, other roundings, which makes other gradients; use keep, recompute, compress or offload "
-                "there, or set its dropout to 0"
+                f"precision, other roundings, which makes other gradients (by {verdict.relative_error:.2g} of "
+                "them); use keep, recompute, compress or offload there, or set its dropout to 0"
             )
         return verdict
 

@@ -21,6 +21,7 @@ from gradckpt_dist.storage.hooks import hooks_withheld
 from gradckpt_dist.storage.ledger import storage_bytes
 from gradckpt_dist.storage.operations import autocast_of, device_of
 from gradckpt_dist.storage.parts import is_whole_parameter
+from gradckpt_dist.storage.verdict import Outcome, Verdict
 
 _Compiler = Callable[[Any], Any]
 
@@ -28,21 +29,6 @@ _Compiler = Callable[[Any], Any]
 def is_compiled(block: nn.Module) -> bool:
     """Whether the user has compiled this block, by ``block.compile()`` or ``torch.compile(block)``."""
     return getattr(block, "_compiled_call_impl", None) is not None or hasattr(block, "dynamo_ctx")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """How a variant compares with the block as the user compiled it.
-
-    ``exact``: outputs, gradients, buffers and what is drawn next are the same, bit for bit. ``held_bytes``: what its
-    forward saves but for parameters; ``largest_bytes``: the most that one of these takes; ``input_bytes``: what the
-    block was given. Each storage counts once.
-    """
-
-    exact: bool
-    held_bytes: int
-    largest_bytes: int
-    input_bytes: int
 
 
 class Variant:
@@ -92,14 +78,15 @@ class Variant:
         with saved_tensors_hooks(lambda tensor: _count(tensor, saved), lambda tensor: tensor):
             ours = self._outcome(self, args, kwargs)
         return Verdict(
-            exact=len(ours) == len(theirs) and all(map(_same, ours, theirs)),
+            exact=ours.equals(theirs),
+            relative_error=ours.relative_error(theirs),
             held_bytes=sum(saved.values()),
             largest_bytes=max(saved.values(), default=0),
             input_bytes=sum(storage_bytes((args, kwargs)).values()),
         )
 
-    def _outcome(self, call: Forward, args: Any, kwargs: Any) -> tuple[Tensor | None, ...]:
-        """Outputs, gradients, buffers and the next random number, from the coming call's; all stays as it is."""
+    def _outcome(self, call: Forward, args: Any, kwargs: Any) -> Outcome:
+        """With the coming call's random numbers; all stays as it is."""
         args, kwargs = tree_map_only(Tensor, _leaf, (args, kwargs))
         parameters = tuple(self._core.parameters())
         wanted = [tensor for tensor in (*_tensors((args, kwargs)), *parameters) if tensor.requires_grad]
@@ -109,7 +96,8 @@ class Variant:
             following = torch.rand((), device=device)
             ones = [torch.ones_like(out) for out in outputs]
             gradients = torch.autograd.grad(outputs, wanted, ones, allow_unused=True)
-            return (*(out.detach() for out in outputs), *gradients, *self._core.buffers(), following)
+            values = (*(out.detach() for out in outputs), *gradients)
+            return Outcome(values=values, states=(*self._core.buffers(), following))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,12 +208,6 @@ def _same_random_numbers(device: torch.device) -> Iterator[None]:
 def _count(tensor: Tensor, saved: dict[int, int]) -> Tensor:
     saved.update(storage_bytes(tensor))
     return tensor.detach()
-
-
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return torch.equal(one, other)
 
 
 def _tensors(values: Any) -> list[Tensor]:

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 
 import gradckpt_dist
 from gradckpt_dist import StorageError
-from gradckpt_dist.storage import Storage, create_storage
+from gradckpt_dist.storage import Storage
 from gradckpt_dist.storage.compiled import CompiledSelective, CompiledSelectiveHalf
 from gradckpt_dist.storage.keep import Keep
 from gradckpt_dist.storage.ledger import Ledger
@@ -53,41 +53,6 @@ def test_variants_hold_less_and_are_bitwise(wrap: str) -> None:
         for one, other in zip(_step(storage, block, x), reference, strict=True):
             assert torch.equal(one, other)
         assert _held_bytes(block, storage, x) <= share * kept
-
-
-@pytest.mark.parametrize(
-    ("name", "share", "most_error"), [("selective8", 0.18, 0.02), ("selective6", 0.15, 0.08), ("selective4", 0.13, 0.3)]
-)
-def test_codes_of_the_selective_variant(name: str, share: float, most_error: float) -> None:
-    torch.manual_seed(0)
-    block = Block(64, 4, 0.0)
-    block.compile()
-    x = torch.randn(4, 128, 64)
-    reference = _step(Keep(block), block, x)
-    storage = create_storage(name, block)
-    ours = _step(storage, block, x)
-    assert torch.equal(ours[0], reference[0])
-    errors = [((one - other).norm() / other.norm()).item() for one, other in zip(ours, reference, strict=True)]
-    assert 0 < max(errors) < most_error
-    kept = _held_bytes(block, Keep(block), x.requires_grad_())
-    assert _held_bytes(block, storage, x) <= share * kept
-    assert storage.held_bytes == 0
-
-
-def test_what_backward_restores_is_a_working_set() -> None:
-    torch.manual_seed(0)
-    block = Block(64, 4, 0.0)
-    block.compile()
-    x = torch.randn(4, 128, 64, requires_grad=True)
-    storage, ledger = create_storage("selective8", block), Ledger(1)
-    storage.run(block, x).sum().backward()  # compiles
-    ledger.begin_forward()
-    output = ledger.run(0, storage, block, (x,), {})
-    ledger.end_forward()
-    output.sum().backward()
-    measured = ledger.measurement()
-    # All at once, four bytes for each that was held.
-    assert measured.peak_bytes > 4 * measured.held_bytes > 0
 
 
 def test_wrong_dropout_is_refused_with_the_reason() -> None:
