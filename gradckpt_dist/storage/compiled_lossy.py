@@ -40,21 +40,20 @@ class CompiledSelective8(Lossy, CompiledSelective):
     def __init__(self, block: nn.Module, noise: NoiseSource) -> None:
         super().__init__(block, noise)
         self._codes = Variant(block, call_block, Settings(budget=self.budget, partitioner=_partitioner(self.bits)))
-        self._complete: set[Any] = set()
 
     def run(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         refuse_transforms(self.name)
         largest_bytes = self.verified(forward, args, kwargs).largest_bytes
         key = self._codes.key(args, kwargs)
         with seeds_from(self.noise):
-            if key in self._complete:
+            if key in self._codes.complete:
                 return self._guarded(self._codes(*args, **kwargs))
             choice = UnseenOperations(self.block, tree_leaves((args, kwargs)))
             call = CompressedCall(self, choice, largest_bytes=largest_bytes)
             with call.hooks():
                 result = self._codes(*args, **kwargs)
         if call.seal() == 0:
-            self._complete.add(key)
+            self._codes.complete.add(key)
         return result
 
     def _guarded(self, result: Any) -> Any:

@@ -55,6 +55,11 @@ class Variant:
         """How many there are, of blocks with this structure."""
         return sum(structure == self._structure for structure, *_ in self._shared.verdicts)
 
+    @property
+    def complete(self) -> set[tuple[Any, ...]]:
+        """Keys of calls whose graphs save all that is to be codes as codes; for its user to note."""
+        return self._shared.complete
+
     def known(self, args: Any, kwargs: Any) -> Verdict | None:
         """The verdict on blocks of this structure with such inputs, if there is one."""
         return self._shared.verdicts.get(self.key(args, kwargs))
@@ -145,6 +150,7 @@ class _Compilation:
         self._settings = settings
         self._structures: dict[tuple[Any, ...], int] = {}
         self.verdicts: dict[tuple[Any, ...], Verdict] = {}
+        self.complete: set[tuple[Any, ...]] = set()
 
     @classmethod
     def of(cls, block: nn.Module, core: nn.Module, call: Callable[..., Any], settings: Settings) -> _Compilation:
