@@ -40,8 +40,6 @@ class CompiledSelective(Storage):
     exact = True
     reruns = True
     budget: ClassVar[float] = 0.7
-    most_error: ClassVar[float] = 0.0
-    """So much the variant's gradients may differ from the block's, relative to these."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__(block)
@@ -50,6 +48,10 @@ class CompiledSelective(Storage):
     def run(self, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         self.verified(forward, args, kwargs)
         return self._variant(*args, **kwargs)
+
+    def accepts(self, verdict: Verdict) -> bool:
+        """Whether a variant of which this was found may be called."""
+        return verdict.exact
 
     def verified(self, forward: Forward, args: Any, kwargs: Any) -> Verdict:
         """The verdict on the variant, to be asked for before each call.
@@ -65,7 +67,7 @@ class CompiledSelective(Storage):
                 "and ranks may not meet the same shapes; use keep, recompute, compress or offload there"
             )
         verdict = self._variant.compare(forward, args, kwargs)
-        if not (verdict.exact or verdict.relative_error <= self.most_error):
+        if not self.accepts(verdict):
             raise StorageError(
                 f"{self.name!r} is refused for the compiled {type(self.block).__name__}: what torch.compile computes "
                 "again under an activation memory budget has other random numbers (pytorch#190758) or, in half "
