@@ -14,6 +14,7 @@ from gradckpt_dist.storage.recipe import Recipes
 from gradckpt_dist.storage.saved import buffer_storages, is_plain
 
 _ATTENTION_DIMENSIONS = 4
+_MATRIX_DIMENSIONS = 2
 
 
 class Choice(Protocol):
@@ -51,7 +52,10 @@ class SeenOperations:
 
 
 class UnseenOperations:
-    """For a compiled block: everything but buffers, inputs that need no gradient, and casts of weights, by their shape.
+    """For a compiled block: everything but buffers, inputs that need no gradient, and what was made of weights.
+
+    That is told by a weight's shape in another dtype, or with more than two dimensions, where hardly an activation has
+    it: what is saved of a convolution's weight has another layout.
 
     Where something [batch, heads, tokens] was saved, what is [batch, ..., width] beside it belongs to an attention.
     """
@@ -73,7 +77,7 @@ class UnseenOperations:
         return False
 
     def role(self, tensor: Tensor, saved: Iterable[Tensor]) -> Role | None:
-        if tensor.untyped_storage()._cdata in self._excluded or is_parameter(tensor) or self._is_cast(tensor):
+        if tensor.untyped_storage()._cdata in self._excluded or is_parameter(tensor) or self._is_weight(tensor):
             return None
         return Role.ATTENDED if self._is_attended(tensor, saved) else Role.ACTIVATION
 
@@ -81,9 +85,9 @@ class UnseenOperations:
     def recipes(self) -> Recipes | None:
         return None
 
-    def _is_cast(self, tensor: Tensor) -> bool:
+    def _is_weight(self, tensor: Tensor) -> bool:
         dtypes = {dtype for shape, dtype in self._weights if shape == tuple(tensor.shape)}
-        return bool(dtypes) and tensor.dtype not in dtypes
+        return bool(dtypes) and (tensor.dim() > _MATRIX_DIMENSIONS or tensor.dtype not in dtypes)
 
     def _is_attended(self, tensor: Tensor, saved: Iterable[Tensor]) -> bool:
         return tensor.dim() == _ATTENTION_DIMENSIONS and any(

@@ -27,6 +27,7 @@ from gradckpt_dist.storage.deferred import Place
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 ROWS, WIDTH = 512, 64
+Shapes = list[tuple[int, ...]]
 
 
 class Scaled(nn.Module):
@@ -42,6 +43,19 @@ class Scaled(nn.Module):
         return output
 
 
+class Convolutions(nn.Module):
+    """A residual block of images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(32, 64, 3, padding=1), nn.Conv2d(64, 32, 3, padding=1)
+        self.norm = nn.BatchNorm2d(64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = x + self.second(functional.silu(self.norm(self.first(x))))
+        return output
+
+
 class Partitioner(CustomPartitionerFn):
     """A user's own."""
 
@@ -53,13 +67,14 @@ class Partitioner(CustomPartitionerFn):
 
 
 @pytest.fixture
-def hooked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Bits of each storage that hooks have quantised."""
-    seen: list[int] = []
+def hooked(monkeypatch: pytest.MonkeyPatch) -> Shapes:
+    """Shapes of what hooks have quantised."""
+    seen: Shapes = []
     original = Place.compress
 
     def compress(place: Place, bits: int, noise: Any) -> None:
-        seen.append(bits)
+        if place.sample is not None:
+            seen.append(tuple(place.sample.shape))
         original(place, bits, noise)
 
     monkeypatch.setattr(Place, "compress", compress)
@@ -87,7 +102,7 @@ def _saved(storage: Storage, *inputs: Tensor) -> list[Tensor]:
     ("name", "bits", "most_error"), [("selective8", 8, 0.01), ("selective6", 6, 0.04), ("selective4", 4, 0.2)]
 )
 def test_codes_are_made_and_read_in_the_graphs(
-    name: str, bits: int, most_error: float, hooked: list[int], monkeypatch: pytest.MonkeyPatch
+    name: str, bits: int, most_error: float, hooked: Shapes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     block, x, exact = _block()
     storage = create_storage(name, block)
@@ -127,7 +142,7 @@ def test_backward_restores_one_tensor_after_another(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("options", [{"backend": "aot_eager"}, {"dynamic": True}], ids=str)
-def test_hooks_quantise_what_the_graphs_do_not(options: dict[str, Any], hooked: list[int]) -> None:
+def test_hooks_quantise_what_the_graphs_do_not(options: dict[str, Any], hooked: Shapes) -> None:
     block, x, exact = _block(**options)
     storage = create_storage("selective6", block)
     for _ in range(2):
@@ -138,7 +153,7 @@ def test_hooks_quantise_what_the_graphs_do_not(options: dict[str, Any], hooked: 
     assert ledger_bytes(storage, x) < 0.2 * kept
 
 
-def test_a_partitioner_of_the_users_stays_in_force(hooked: list[int]) -> None:
+def test_a_partitioner_of_the_users_stays_in_force(hooked: Shapes) -> None:
     partitioner = Partitioner()
     with inductor_config.patch(custom_partitioner_fn=partitioner):
         block, x, exact = _block()
@@ -147,7 +162,19 @@ def test_a_partitioner_of_the_users_stays_in_force(hooked: list[int]) -> None:
     assert hooked != []
 
 
-def test_an_input_that_needs_no_gradient_stays_as_it_is(hooked: list[int]) -> None:
+@pytest.mark.parametrize("name", ["selective8", "compress8"])
+def test_weights_of_convolutions_that_are_saved_in_another_layout_stay(name: str, hooked: Shapes) -> None:
+    torch.manual_seed(0)
+    block = Convolutions()
+    block.compile()
+    x = torch.randn(8, 32, 16, 16)
+    exact = gradients([create_storage("keep", block)], x)
+    assert 0 < relative_error(gradients([create_storage(name, block)], x), exact) < 0.01
+    assert not {tuple(parameter.shape) for parameter in block.parameters()} & set(hooked)
+    assert (hooked == []) == (name == "selective8")
+
+
+def test_an_input_that_needs_no_gradient_stays_as_it_is(hooked: Shapes) -> None:
     torch.manual_seed(0)
     block = Scaled()
     block.compile()
@@ -164,7 +191,7 @@ def test_an_input_that_needs_no_gradient_stays_as_it_is(hooked: list[int]) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_rounds_less_often_which_codes_outweigh(dtype: torch.dtype, hooked: list[int]) -> None:
+def test_half_precision_rounds_less_often_which_codes_outweigh(dtype: torch.dtype, hooked: Shapes) -> None:
     torch.manual_seed(0)
     block = Block(WIDTH, 4, 0.1).to(dtype)
     block.compile()
