@@ -41,8 +41,8 @@ BENCHES: dict[str, tuple[Bench, str]] = {
 
 SHORTER: dict[str, tuple[tuple[str, Bench, str], ...]] = {
     "frontier": (
-        ("--coarse", bench_frontier_coarse, "fewer budgets, tolerances and rounds: in most of an hour"),
-        ("--wide", bench_frontier_wide, "full recompute's peak alone, at d = 1024: in half an hour"),
+        ("--coarse", bench_frontier_coarse, "fewer budgets and tolerances: in most of an hour"),
+        ("--wide", bench_frontier_wide, "full recompute's peak alone, at d = 1024: in most of an hour"),
     ),
 }
 """Benches that take hours have options between these and ``--quick``."""

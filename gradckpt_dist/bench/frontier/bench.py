@@ -37,7 +37,7 @@ def bench_frontier(*, quick: bool) -> dict[str, Any]:
 
 
 def bench_frontier_coarse(*, quick: bool) -> dict[str, Any]:
-    """The same at fewer budgets and tolerances, in fewer rounds."""
+    """The same at fewer budgets and tolerances."""
     return _bench(QUICK if quick else COARSE)
 
 

@@ -121,7 +121,7 @@ COARSE = FrontierPlan(
     ),
 )
 
-# Half an hour: at full recompute's peak alone, where blocks compute twice as much for each byte that they hold.
+# Most of an hour: at full recompute's peak alone, where blocks compute twice as much for each byte that they hold.
 WIDE = FrontierPlan(
     size=replace(_SIZE, width=1024),
     rounds=20,
