@@ -51,6 +51,9 @@ class CodePartitioner(CustomPartitionerFn):
         self._bits = bits
         self._attention_bits = attention_bits
 
+    def __str__(self) -> str:
+        return f"codes{self._bits}"
+
     def uuid(self) -> Any:
         sources = (__file__, code_operators.__file__, kernels.__file__)
         return get_hash_for_files(sources, f"{self._bits} {self._attention_bits}")

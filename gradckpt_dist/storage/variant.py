@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -116,22 +116,33 @@ class Settings:
     budget: float | None = None
     partitioner: Any = None
 
+    def __str__(self) -> str:
+        budget = "" if self.budget is None else f"_{round(100 * self.budget)}"
+        return budget + ("" if self.partitioner is None else f"_{self.partitioner}")
+
     @contextmanager
     def in_force(self) -> Iterator[None]:
         """While the variant is called, as any call may compile."""
-        # Imported here: it takes a second, and not every run compiles.
-        from torch._inductor import config as inductor_config  # noqa: PLC0415
+        with ExitStack() as stack:
+            if self.budget is not None:
+                stack.enter_context(_set(functorch_config, "activation_memory_budget", self.budget))
+            if self.partitioner is not None:
+                # Imported here: it takes a second, and not every run has such a variant.
+                from torch._inductor import config as inductor_config  # noqa: PLC0415
 
-        budget, partitioner = functorch_config.activation_memory_budget, inductor_config.custom_partitioner_fn
-        if self.budget is not None:
-            functorch_config.activation_memory_budget = self.budget
-        if self.partitioner is not None and partitioner is None:
-            inductor_config.custom_partitioner_fn = self.partitioner
-        try:
+                if inductor_config.custom_partitioner_fn is None:
+                    stack.enter_context(_set(inductor_config, "custom_partitioner_fn", self.partitioner))
             yield
-        finally:
-            functorch_config.activation_memory_budget = budget
-            inductor_config.custom_partitioner_fn = partitioner
+
+
+@contextmanager
+def _set(config: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(config, name)
+    setattr(config, name, value)
+    try:
+        yield
+    finally:
+        setattr(config, name, before)
 
 
 class _Compilation:
@@ -142,7 +153,7 @@ class _Compilation:
     def __init__(
         self, compiler: _Compiler, kind: type[nn.Module], call: Callable[..., Any], settings: Settings
     ) -> None:
-        name = f"{call.__name__}_{kind.__name__}"
+        name = f"{call.__name__}_{kind.__name__}{settings}"
         function = types.FunctionType(call.__code__.replace(co_name=name), call.__globals__, name)
         self._made_of = (kind, call, settings)
         self._compiler = compiler
