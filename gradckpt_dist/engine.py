@@ -219,8 +219,8 @@ class Engine:
         self._drain()
         self._end_sample()
         rank, ranks = self._agreement.rank, self._agreement.ranks
-        self._observer.restart(saved.probe_turn, saved.window_for(rank, ranks))
         self._knowledge.load_state_dict(saved.knowledge, same_world=ranks == saved.ranks)
+        self._observer.restart(saved.probe_turn, saved.window_for(rank, ranks), self._knowledge.costs)
         self._pinned, self._theta, self._feasible = saved.pinned, saved.theta, saved.feasible
         self._gate.context.noise.load_state_dict(saved.noise)
         self._step, self._wake_step = saved.step, saved.step + 1

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from gradckpt_dist.agreement.rows import SparseRows
+from gradckpt_dist.cost.agreed import Costs
 from gradckpt_dist.cost.book import CostBook
 from gradckpt_dist.cost.clock import DeviceClock
 from gradckpt_dist.impact import create_impact
@@ -139,10 +140,12 @@ class Observer:
         self._samples, self._first_turn = self._before.samples, self._before.turn
         return replace(self._before, sums=self._before.sums.clone())
 
-    def restart(self, turn: int, window: Window | None) -> None:
-        """Drop what was gathered; go on from the probes' turn ``turn``, after ``window``."""
+    def restart(self, turn: int, window: Window | None, costs: Costs | None) -> None:
+        """Drop what was gathered; go on from the probes' turn ``turn``, after ``window``, and from these costs."""
         self._take_measured()
         self._take_window()
+        if self._book is not None and costs is not None:
+            self._book.restart(costs)
         self.turn = self._first_turn = turn
         if window is not None:
             self._before = replace(window, sums=window.sums.to(self._device))

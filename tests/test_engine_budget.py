@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import gradckpt_dist
 from gradckpt_dist import BudgetError, ConfigError, Engine
+from gradckpt_dist.probing import CALIBRATION_VISITS
 from gradckpt_dist.storage.ledger import Ledger
 
 CONFIG: dict[str, Any] = {"interval": 6, "warmup_steps": 1, "memory_budget": 0.4}
@@ -115,6 +116,27 @@ def test_state_goes_on_without_measuring_again() -> None:
     assert state["in_flight"] != "IDLE"  # so that it is two decisions to the end of the interval
     second.train(CONFIG["interval"] + 3)
     assert resumed.mask.epoch == mask.epoch + 2
+    resumed.disable()
+
+
+def test_after_a_resume_few_samples_do_not_replace_the_seconds_of_before() -> None:
+    first = Trainer(build())
+    engine = gradckpt_dist.enable(first.model, CONFIG)
+    first.train(30)
+    state = engine.state_dict()
+    engine.disable()
+    knowledge = json.loads(state["knowledge"])
+    kind, storage, cost = knowledge["costs"]["costs"][1]
+    assert (kind, storage) == (0, "recompute")
+    cost |= {"extra_seconds": 1000.0, "held_bytes": 1e6}
+    second = Trainer(build())
+    resumed = gradckpt_dist.enable(second.model, CONFIG)
+    one_visit_left = CALIBRATION_VISITS - 1
+    resumed.load_state_dict(state | {"knowledge": json.dumps(knowledge), "probe_turn": one_visit_left})
+    second.train(CONFIG["interval"] + 1)  # the second fold; the first is of before
+    known = json.loads(resumed.state_dict()["knowledge"])["costs"]["costs"][1][2]
+    assert known["extra_seconds"] == 1000.0
+    assert known["held_bytes"] < 1e6, "no probe has run"
     resumed.disable()
 
 

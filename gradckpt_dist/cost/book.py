@@ -6,13 +6,17 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Self
 
-from gradckpt_dist.cost.agreed import BLOCK_FIELDS, UNKNOWN
+from gradckpt_dist.cost.agreed import BLOCK_FIELDS, UNKNOWN, Costs, StorageCost
 from gradckpt_dist.cost.clock import DeviceClock, Mark
 from gradckpt_dist.storage.ledger import Measurement
 
 SAMPLES = 15
 """The latest ones, of which the median counts."""
+
+RECALLED = 8
+"""What a median of before counts for: about the samples that it is made of when training begins."""
 
 
 @dataclass
@@ -23,10 +27,28 @@ class _Samples:
     working_set_bytes: float = UNKNOWN
     refused: bool = False
     tokens: int = 0
+    met: bool = False
+    """Whether the storage has run on this kind, so that it has compiled and allocated what it needs."""
+
+    @classmethod
+    def recalled(cls, cost: StorageCost, tokens: int) -> Self:
+        """The times of before, per token, from calls of so many ``tokens``."""
+        samples = cls(tokens=tokens)
+        for times, value in ((samples.seconds, cost.seconds), (samples.extra_seconds, cost.extra_seconds)):
+            times.extend([] if value is None else [value] * RECALLED)
+        return samples
 
     def fits(self, tokens: int) -> bool:
-        """Whether bytes were measured, on a call of about this size: costs per token hold within a factor of two."""
+        """Whether these are from calls of about this size: costs per token hold within a factor of two."""
         return self.tokens // 2 < tokens <= 2 * self.tokens
+
+    def meet(self, tokens: int, held_bytes: float, working_set_bytes: float) -> None:
+        """Bytes per token of a call of so many ``tokens``; times of calls of another size are forgotten."""
+        if not self.fits(tokens):
+            self.seconds.clear()
+            self.extra_seconds.clear()
+        self.tokens, self.met = tokens, True
+        self.held_bytes, self.working_set_bytes = held_bytes, working_set_bytes
 
     def vector(self) -> list[float]:
         times = [median(values) if values else UNKNOWN for values in (self.seconds, self.extra_seconds)]
@@ -63,14 +85,13 @@ class CostBook:
     def knows(self, index: int, storage: str, tokens: int) -> bool:
         """Whether this storage was measured on a block of this kind, in a call of about so many tokens."""
         samples = self._samples[self._kinds[index], storage]
-        return samples.refused or samples.fits(tokens)
+        return samples.refused or (samples.met and samples.fits(tokens))
 
     def note_bytes(self, index: int, storage: str, tokens: int, measurement: Measurement) -> None:
         """Bytes of one call of ``tokens`` tokens; times of calls of another size are forgotten."""
         held = measurement.stored_bytes[0]
-        self._samples[self._kinds[index], storage] = _Samples(
-            held_bytes=held / tokens, working_set_bytes=(measurement.peak_bytes - held) / tokens, tokens=tokens
-        )
+        samples = self._samples[self._kinds[index], storage]
+        samples.meet(tokens, held / tokens, (measurement.peak_bytes - held) / tokens)
 
     def note_runs(self, index: int, tokens: int, runs: Runs) -> None:
         """Times of one probe, ``keep`` among them. They are read when the device has come to their end."""
@@ -83,6 +104,14 @@ class CostBook:
     def refuses(self, index: int, storage: str) -> bool:
         """Whether ``refuse`` was called, or reported for a twin."""
         return self._samples[self._kinds[index], storage].refused
+
+    def restart(self, costs: Costs) -> None:
+        """Drop what was gathered, and go on from times that the ranks have agreed on."""
+        self._pending.clear()
+        for index, kind in enumerate(self._kinds):
+            tokens = int(costs.call_tokens[index])
+            for name in self._storages:
+                self._samples[kind, name] = _Samples.recalled(costs.of(index, name), tokens)
 
     def take_maxima(self, forwards_in_flight: int = 1) -> list[float]:
         """This rank's numbers for the MAX all-reduce: [3 x blocks + kinds x storages x 5]."""

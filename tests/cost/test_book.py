@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gradckpt_dist.cost.agreed import Costs
-from gradckpt_dist.cost.book import SAMPLES, CostBook
+from gradckpt_dist.cost.book import RECALLED, SAMPLES, CostBook
 from gradckpt_dist.cost.clock import DeviceClock
 from gradckpt_dist.storage.ledger import Measurement
 
@@ -115,6 +115,58 @@ def test_another_shape_is_measured_anew_and_the_largest_of_the_window_counts() -
     _step(book, (0, 12))
     costs.update(book.take_maxima())
     assert costs.held_bytes(0, "keep") == 240
+
+
+def _agreed_before() -> Costs:
+    book = _book()
+    for name, held in (("keep", 100), ("recompute", 20)):
+        book.note_bytes(0, name, 10, _measurement(held, 100))
+    for _ in range(RECALLED):
+        book.note_runs(0, 10, {"keep": (0.0, 1.0), "recompute": (0.0, 1.5)})
+    book.refuse(1, "offload")
+    _step(book, (0, 10), (1, 10), (2, 10))
+    return _folded(book)
+
+
+def test_after_a_restart_a_single_sample_does_not_count_for_all_of_before() -> None:
+    costs = _agreed_before()
+    book = _book()
+    book.note_runs(0, 10, {"keep": (0.0, 7.0), "recompute": (0.0, 99.0)})
+    book.restart(costs)
+    assert not book.knows(0, "recompute", 10), "it has not run in this process"
+    for name, held in (("keep", 200), ("recompute", 40)):
+        book.note_bytes(0, name, 12, _measurement(held, 200))
+    assert book.knows(0, "recompute", 10)
+    for sample in range(2 * RECALLED):
+        book.note_runs(0, 10, {"keep": (0.0, 2.0), "recompute": (0.0, 9.0)})
+        costs.update(book.take_maxima())
+        old = sample < RECALLED - 1
+        if sample != RECALLED - 1:
+            assert costs.of(0, "recompute").extra_seconds == pytest.approx(0.05 if old else 0.7)
+            assert costs.of(0, "keep").seconds == pytest.approx(0.1 if old else 0.2)
+    assert costs.of(0, "keep").held_bytes == pytest.approx(200 / 12)
+
+
+def test_times_of_before_a_restart_are_forgotten_where_calls_have_another_size() -> None:
+    costs = _agreed_before()
+    book = _book()
+    book.restart(costs)
+    for name in ("keep", "recompute"):
+        book.note_bytes(2, name, 40, _measurement(400, 400))
+    book.note_runs(2, 40, {"keep": (0.0, 8.0), "recompute": (0.0, 20.0)})
+    costs.update(book.take_maxima())
+    assert costs.of(0, "recompute").extra_seconds == pytest.approx(0.3)
+
+
+def test_a_restart_knows_nothing_of_what_was_not_measured() -> None:
+    costs = _agreed_before()
+    book = _book()
+    book.restart(costs)
+    assert not book.refuses(1, "offload"), "another process may be able to"
+    costs.update(book.take_maxima())
+    assert costs.of(1, "offload").refused
+    assert costs.of(0, "offload").seconds is costs.of(1, "keep").seconds is None
+    assert costs.of(0, "recompute").extra_seconds == pytest.approx(0.05)
 
 
 def test_what_is_unknown_or_refused_is_infinitely_dear() -> None:
