@@ -11,7 +11,7 @@ from support import run_command
 
 KEYS = {
     "system", "model", "compiled", "budget", "tolerance", "peak_bytes", "held_bytes", "step_ratio", "relative_error",
-    "minimum_seconds", "median_seconds", "mask",
+    "minimum_seconds", "median_seconds", "median_ratio", "mask",
 }  # fmt: skip
 TORCHTITAN = ["torchtitan_selective", "torchtitan_budget"]
 
@@ -37,6 +37,7 @@ def _check_rows(result: dict) -> None:
         assert row["step_ratio"] > 0
         # Compiled blocks add up in another order.
         assert row["relative_error"] <= max(row["tolerance"], 1e-5 if row["compiled"] else 0)
+    assert keep["median_ratio"] == 1
     assert keep["step_ratio"] == rows["uneven", "keep", None, 0.0]["step_ratio"] == 1
     for tolerance in (0.0, 0.05):
         least, most = (rows["demo", "gradckpt", budget, tolerance] for budget in (0.0, 1.0))

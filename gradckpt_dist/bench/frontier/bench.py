@@ -24,11 +24,12 @@ def bench_frontier(*, quick: bool) -> dict[str, Any]:
     """A row for each system, model, budget and tolerance; ``skipped``: systems that could not run here, and why.
 
     ``step_ratio`` is the minimum over rounds of forward and backward, divided by that of eager ``keep`` in the same
-    rounds. ``peak_bytes`` and ``held_bytes`` are the process's resident bytes, at the most during a step and after
-    forward, less those before the step; parameters and gradients are there before it. ``relative_error`` is that of
-    all gradients against those of the unmodified model on the same weights and batch. Systems that come to the same
-    plan (our masks; what a memory budget lets compiled blocks save) are measured once. ``bars.Comparison`` and
-    ``bars.headline`` define the figures.
+    rounds; ``median_ratio``, the same of medians. ``peak_bytes`` and ``held_bytes`` are the process's resident bytes,
+    at the most during a step and after forward, less those before the step; parameters and gradients are there before
+    it. ``relative_error`` is that of all gradients against those of the unmodified model on the same weights and batch.
+    Systems that come to the same plan (our masks; what a memory budget lets compiled blocks save) are measured once.
+    ``bars.Comparison`` and ``bars.headline`` define the figures; ``comparisons_by_medians`` are made of
+    ``median_ratio`` in the place of ``step_ratio``.
 
     Raises:
         GradckptError: this is not Linux, or a process failed, died or hung.
@@ -52,8 +53,16 @@ def _bench(plan: FrontierPlan) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, Processes(Path(folder)) as processes:
         crew = Crew(processes, plan.size)
         rows = [row for model in plan.models for row in _rows(crew, plan, model)]
-    figures = {**headline(compare(rows)), "rounds": plan.rounds, "size": asdict(plan.size)}
-    return record("frontier", rows, skipped=crew.skipped, **figures)
+    by_medians = compare([{**row, "step_ratio": row["median_ratio"]} for row in rows])
+    return record(
+        "frontier",
+        rows,
+        skipped=crew.skipped,
+        **headline(compare(rows)),
+        comparisons_by_medians=[asdict(one) for one in by_medians],
+        rounds=plan.rounds,
+        size=asdict(plan.size),
+    )
 
 
 def _rows(crew: Crew, plan: FrontierPlan, model: ModelPlan) -> Rows:

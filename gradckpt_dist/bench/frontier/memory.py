@@ -1,7 +1,7 @@
-"""Resident bytes of this process, from Linux's /proc.
+"""Resident bytes of this process, from Linux's /proc, and the environments in which glibc's allocator is predictable.
 
-To be read with ``MALLOC_MMAP_THRESHOLD_`` and ``MALLOC_TRIM_THRESHOLD_`` at 65536, so that glibc hands back at once
-what a tensor held.
+Left to itself it moves its thresholds with what has been freed so far, and hands memory back to the system and faults
+it in again or not, as luck has it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,15 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-THRESHOLDS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+HANDS_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""What a tensor held goes back to the system at once, so that resident bytes tell what is held."""
+
+KEEPS = {
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+"""Nothing goes back, as with accelerators' allocators, and pages are huge: no page faults in a step that is timed."""
 
 _RESET_PEAK = "5"
 

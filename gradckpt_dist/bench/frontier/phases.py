@@ -21,11 +21,12 @@ _STEP = {"do": "timed_step"}
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Of one setting's steps; the ratio is of minima, to eager ``keep`` in the same rounds."""
+    """Of one setting's steps; the ratios are of minima and of medians, to eager ``keep`` in the same rounds."""
 
     minimum_seconds: float
     median_seconds: float
     step_ratio: float
+    median_ratio: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ def settle(crew: Crew, plan: FrontierPlan, model: ModelPlan) -> list[Setting]:
     for setting in model.ours():
         progress(f"settling {setting}")
         budgets = (*model.budgets, full) if setting.compiled and full is not None else model.budgets
-        with crew.working([setting]) as working:
+        with crew.working([setting], environment=memory.KEEPS) as working:
             for worker, _ in working.values():
                 for budget in budgets:
                     answer = crew.ask(replace(setting, budget=budget), worker, {"do": "settle", "budget": budget})
@@ -93,7 +94,7 @@ class Timer:
 
     def run(self, settings: Sequence[Setting]) -> None:
         """Time these, and the reference."""
-        with self._crew.working([self._reference]) as working:
+        with self._crew.working([self._reference], environment=memory.KEEPS) as working:
             keep, _ = working[self._reference]
             groups = list(batches(settings, self._plan.group))
             for number, group in enumerate(groups):
@@ -101,18 +102,19 @@ class Timer:
                 self._time_group(group, keep)
 
     def _time_group(self, group: Sequence[Setting], keep: WorkerProcess) -> None:
-        with self._crew.working(group) as working:
+        with self._crew.working(group, environment=memory.KEEPS) as working:
             workers = {self._reference: keep}
             for setting, (worker, built) in working.items():
                 if self._is_first(setting, built["saved"]):
                     workers[setting] = worker
             samples = self._sample(workers)
-        least = min(samples[self._reference])
+        keep_seconds = samples[self._reference]
         for setting, seconds in samples.items():
             timing = Timing(
                 minimum_seconds=min(seconds),
                 median_seconds=statistics.median(seconds),
-                step_ratio=min(seconds) / least,
+                step_ratio=min(seconds) / min(keep_seconds),
+                median_ratio=statistics.median(seconds) / statistics.median(keep_seconds),
             )
             self.timings.setdefault(setting, timing)
 
@@ -145,7 +147,7 @@ def measure_bytes(crew: Crew, settings: Sequence[Setting]) -> dict[Setting, Byte
     for wave in batches(jobs, crew.at_once):
         progress(f"measuring bytes: {', '.join(str(job[0]) for job in wave)}")
         by_first = {job[0]: job for job in wave}
-        with crew.working(list(by_first), reference=True, environment=memory.THRESHOLDS) as working:
+        with crew.working(list(by_first), reference=True, environment=memory.HANDS_BACK) as working:
             for first, (worker, _) in working.items():
                 for setting in by_first[first]:
                     worker.send({"do": "measure", "storages": setting.storages})

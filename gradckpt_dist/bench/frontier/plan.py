@@ -75,7 +75,7 @@ _SIZE = Size(width=512, context=128, batch=8, layers=6, head_width=64)
 # Some hours on one core of 2026. Of ours on compiled blocks, what the bars ask for.
 FULL = FrontierPlan(
     size=_SIZE,
-    rounds=20,
+    rounds=30,
     group=30,
     models=tuple(
         ModelPlan(
@@ -95,7 +95,7 @@ FULL = FrontierPlan(
 # Most of an hour.
 COARSE = FrontierPlan(
     size=_SIZE,
-    rounds=20,
+    rounds=30,
     group=30,
     models=(
         ModelPlan(
@@ -124,7 +124,7 @@ COARSE = FrontierPlan(
 # Most of an hour: at full recompute's peak alone, where blocks compute twice as much for each byte that they hold.
 WIDE = FrontierPlan(
     size=replace(_SIZE, width=1024),
-    rounds=20,
+    rounds=30,
     group=30,
     models=(
         ModelPlan(

@@ -29,7 +29,7 @@ def main():
             if setting["system"] == "pytorch_sac":
                 answer = {"refused": "not here"}
         elif request["do"] == "timed_step":
-            taken += 1
+            taken += 1 if "hugetlb" in os.environ["GLIBC_TUNABLES"] else 1000
             answer = {"seconds": taken * (1 if setting["system"] == "keep" and not setting["compiled"] else 3)}
         elif request["do"] == "settle":
             answer = {"storages": ["keep" if request["budget"] > 0.5 else "recompute"]}
@@ -77,9 +77,10 @@ def test_steps_are_compared_with_keep_in_the_same_rounds(processes: Processes, g
     assert [(row["system"], row["reason"]) for row in crew.skipped] == [("pytorch_sac", "not here")]
     assert timer.timings[KEEP].step_ratio == 1
     assert (timer.timings[KEEP].minimum_seconds, timer.timings[KEEP].median_seconds) == (2, 3)
-    assert timer.timings[kept].step_ratio == 3
+    assert timer.timings[kept].step_ratio == timer.timings[kept].median_ratio == 3
     # In a later group keep's own seconds have gone up: 3 rounds a group.
     assert timer.timings[OURS].step_ratio == pytest.approx(6 / (2 + 3 * (6 // group)))
+    assert timer.timings[OURS].median_ratio == pytest.approx(9 / (3 + 3 * (6 // group)))
 
 
 def test_masks_are_settled_for_every_budget(processes: Processes) -> None:

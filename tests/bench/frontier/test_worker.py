@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,11 @@ def _build(setting: Setting) -> dict[str, Any]:
 def test_a_peer_is_built_timed_and_measured(tmp_path: Path) -> None:
     pytest.importorskip("torchtitan")
     with Processes(tmp_path) as processes:
-        worker = processes.start("peer", **memory.THRESHOLDS)
+        worker = processes.start("peer", **memory.HANDS_BACK)
         built = worker.ask(_build(Setting(system="torchtitan_full", model="demo")))
         assert set(built) == {"saved"}
         assert worker.ask({"do": "timed_step"})["seconds"] > 0
+        assert len(os.sched_getaffinity(worker.number)) == 1
         found = worker.ask({"do": "measure", "storages": []})
         assert found["relative_error"] == 0
         # Three inputs, logits of 96 characters and the head's input; keeping all would hold over ten times as much.
@@ -41,7 +43,7 @@ def test_a_peer_is_built_timed_and_measured(tmp_path: Path) -> None:
 
 def test_ours_settles_and_is_pinned(tmp_path: Path) -> None:
     with Processes(tmp_path) as processes:
-        worker = processes.start("ours", **memory.THRESHOLDS)
+        worker = processes.start("ours", **memory.HANDS_BACK)
         worker.ask(_build(Setting(system="gradckpt", model="demo")))
         masks = [worker.ask({"do": "settle", "budget": budget})["storages"] for budget in (0.0, 0.5, 1.0)]
         # The last block is the first in backward, where keeping it takes no more than redoing it.
