@@ -124,7 +124,7 @@ COARSE = FrontierPlan(
 # Most of an hour: at full recompute's peak alone, where blocks compute twice as much for each byte that they hold.
 WIDE = FrontierPlan(
     size=replace(_SIZE, width=1024),
-    rounds=30,
+    rounds=20,
     group=30,
     models=(
         ModelPlan(
