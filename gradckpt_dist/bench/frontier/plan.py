@@ -92,7 +92,7 @@ FULL = FrontierPlan(
     ),
 )
 
-# Most of an hour.
+# About an hour.
 COARSE = FrontierPlan(
     size=_SIZE,
     rounds=30,
