@@ -64,7 +64,6 @@ class CostBook:
 
     def __init__(self, kinds: Sequence[int], storages: Sequence[str], clock: DeviceClock) -> None:
         self._kinds = tuple(kinds)
-        self._storages = tuple(storages)
         self._clock = clock
         self._samples = {(kind, name): _Samples() for kind in range(max(kinds) + 1) for name in storages}
         self._pending: deque[tuple[int, int, Runs]] = deque(maxlen=SAMPLES)
@@ -108,10 +107,10 @@ class CostBook:
     def restart(self, costs: Costs) -> None:
         """Drop what was gathered, and go on from times that the ranks have agreed on."""
         self._pending.clear()
-        for index, kind in enumerate(self._kinds):
-            tokens = int(costs.call_tokens[index])
-            for name in self._storages:
-                self._samples[kind, name] = _Samples.recalled(costs.of(index, name), tokens)
+        examples = {kind: index for index, kind in enumerate(self._kinds)}
+        for kind, name in self._samples:
+            index = examples[kind]
+            self._samples[kind, name] = _Samples.recalled(costs.of(index, name), int(costs.call_tokens[index]))
 
     def take_maxima(self, forwards_in_flight: int = 1) -> list[float]:
         """This rank's numbers for the MAX all-reduce: [3 x blocks + kinds x storages x 5]."""
