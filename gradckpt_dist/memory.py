@@ -49,14 +49,14 @@ class HostMeter:
 
 
 class DeviceMeter:
-    """PyTorch's allocator on an accelerator, whose peak is the user's to reset. Not yet run on a GPU."""
+    """What PyTorch's allocator on an accelerator has handed out. Its peak statistics are reset where a part begins."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._api = torch.get_device_module(device)
 
     def begin(self) -> None:
-        return
+        self._api.reset_peak_memory_stats(self._device)
 
     def peak_bytes(self) -> int:
         return int(self._api.max_memory_allocated(self._device))

@@ -15,7 +15,7 @@ from torch.nn.modules import module as modules
 hypothesis.settings.register_profile("no times", deadline=None)
 hypothesis.settings.load_profile("no times")
 
-SET_BY_LIBRARIES = {"PYTEST_CURRENT_TEST", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"}
+SET_BY_LIBRARIES = {"PYTEST_CURRENT_TEST", "TRITON_CACHE_DIR", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"}
 
 
 @pytest.fixture(autouse=True)

@@ -81,6 +81,24 @@ class Agreement(ABC):
         """Give the process group back: its next use is by another engine of the same ranks."""
 
 
+class _HostCopy:
+    """A tensor on its way to the host: reading it waits for what was queued before, and not for what has been since."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._event = None
+        if not tensor.is_cpu:
+            device = torch.get_device_module(tensor.device)
+            tensor = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+            self._event = device.current_stream().record_event()
+        self._tensor = tensor
+
+    def tolist(self) -> list[float]:
+        if self._event is not None:
+            self._event.synchronize()
+        values: list[float] = self._tensor.tolist()
+        return values
+
+
 class LocalAgreement(Agreement):
     """A process on its own agrees with itself, at the same boundaries as a group would."""
 
@@ -94,7 +112,7 @@ class LocalAgreement(Agreement):
         return
 
     def launch(self, sums: torch.Tensor, maxima: Sequence[float], step: int, epoch: int) -> None:
-        self._launched = sums, list(maxima)
+        self._launched = _HostCopy(sums), list(maxima)
 
     def collect(self) -> tuple[list[float], list[float]]:
         sums, maxima = self._launched

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,27 +10,28 @@ import torch
 
 from gradckpt_dist.bench.ranks import on_ranks
 from gradckpt_dist.bench.record import progress, summary
+from gradckpt_dist.cost.clock import DeviceClock
 from gradckpt_dist.storage.noise import NoiseSource
 from gradckpt_dist.storage.quantiser import Quantised, dequantise, quantise
 
-TENSOR_BYTES = 8 << 20
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def quantiser_rows(rounds: int) -> list[dict[str, Any]]:
-    """A row for each type, width and direction, on tensors of 8 MiB.
+def quantiser_rows(device: torch.device, tensor_bytes: int, rounds: int) -> list[dict[str, Any]]:
+    """A row for each type, width and direction, on tensors of so many bytes.
 
     Fractions are bytes read plus written a second, over those of a copy in the same rounds; both of minima.
     """
     rows: list[dict[str, Any]] = []
     for dtype in DTYPES:
         progress(f"quantiser {dtype}")
-        rows += on_ranks(_measure, 1, dtype=dtype, rounds=rounds)["rows"]
+        rows += on_ranks(_measure, 1, device=device, dtype=dtype, tensor_bytes=tensor_bytes, rounds=rounds)["rows"]
     return rows
 
 
-def _measure(rank: int, dtype: str, rounds: int) -> dict[str, Any]:
-    x = torch.randn(TENSOR_BYTES // DTYPES[dtype].itemsize).to(DTYPES[dtype])
+def _measure(rank: int, device: torch.device, dtype: str, tensor_bytes: int, rounds: int) -> dict[str, Any]:
+    clock = DeviceClock(device)
+    x = torch.randn(tensor_bytes // DTYPES[dtype].itemsize, device=device).to(DTYPES[dtype])
     target = torch.empty_like(x)
     noise = NoiseSource()
     calls: dict[tuple[int, str], Callable[[], Any]] = {}
@@ -44,8 +44,8 @@ def _measure(rank: int, dtype: str, rounds: int) -> dict[str, Any]:
     copies: list[float] = []
     samples: dict[tuple[int, str], list[float]] = {key: [] for key in calls}
     for number in range(rounds + 1):
-        copied = _seconds(partial(target.copy_, x))
-        taken = {key: _seconds(call) for key, call in calls.items()}
+        copied = _seconds(clock, partial(target.copy_, x))
+        taken = {key: _seconds(clock, call) for key, call in calls.items()}
         if number > 0:  # the first round compiles
             copies.append(copied)
             for key, seconds in taken.items():
@@ -71,7 +71,7 @@ def _quantised(x: torch.Tensor, bits: int, noise: NoiseSource) -> Quantised:
     return quantised
 
 
-def _seconds(call: Callable[[], Any]) -> float:
-    started = time.perf_counter()
+def _seconds(clock: DeviceClock, call: Callable[[], Any]) -> float:
+    started = clock.mark()
     call()
-    return time.perf_counter() - started
+    return clock.wait(started, clock.mark())

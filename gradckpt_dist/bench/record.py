@@ -24,7 +24,12 @@ def record(name: str, rows: Rows, **figures: Any) -> dict[str, Any]:
     return {
         "name": name,
         "versions": {"gradckpt_dist": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.platform()},
+        "machine": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "system": platform.platform(),
+            "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        },
         "command": shlex.join(["gradckpt", *sys.argv[1:]]),
         **figures,
         "rows": rows,

@@ -1,14 +1,13 @@
 """``gradckpt bench storage``: what each storage holds, costs and changes.
 
-Four blocks of the demo's GPT, 1,024 tokens, a gradient from above that is always the same. All storages run in the same
-process, a step each in turn; each shape, precision and kind of block has a process of its own. Compiled blocks go
-without dropout, as their selective variants are refused with it.
+Four blocks of the demo's GPT, a gradient from above that is always the same. All storages run in the same process, a
+step each in turn; each shape, precision and kind of block has a process of its own. Compiled blocks go without dropout,
+as their selective variants are refused with it. Where there is a GPU, it is measured, with more tokens and more width.
 """
 
 from __future__ import annotations
 
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,18 +18,14 @@ from gradckpt_dist.bench.gradients import relative_error
 from gradckpt_dist.bench.quantiser import quantiser_rows
 from gradckpt_dist.bench.ranks import on_ranks
 from gradckpt_dist.bench.record import progress, record, summary
+from gradckpt_dist.cost.clock import DeviceClock
 from gradckpt_dist.errors import StorageError
 from gradckpt_dist.storage import STORAGES, Storage, StorageContext, create_storage
 from gradckpt_dist.storage.ledger import Ledger
 
 DEPTH = 4
-BATCH = 8
-CONTEXT = 128
 HEAD_WIDTH = 64
 DROPOUT = 0.1
-ROUNDS = {256: 20, 512: 10, 1024: 4}
-"""By width, such that the whole takes about a quarter of an hour."""
-COMPILED_WIDTH = 512
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -44,6 +39,56 @@ class Setting:
     rounds: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where the bench runs, and how large a step is there."""
+
+    device: torch.device
+    batch: int
+    context: int
+    settings: tuple[Setting, ...]
+    steps_ahead: int
+    """Steps just before one that is timed, in which the host gets as far ahead of the device as it does in training."""
+    quantiser_bytes: int
+    quantiser_rounds: int
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.context
+
+
+_CPU = Place(
+    device=torch.device("cpu"),
+    batch=8,
+    context=128,
+    settings=(
+        *(
+            Setting(d, dtype, compiled=False, rounds=rounds)
+            for d, rounds in ((256, 20), (512, 10), (1024, 4))
+            for dtype in DTYPES
+        ),
+        *(Setting(512, dtype, compiled=True, rounds=10) for dtype in DTYPES),
+    ),
+    steps_ahead=0,
+    quantiser_bytes=8 << 20,
+    quantiser_rounds=200,
+)
+"""About a quarter of an hour of one core."""
+_QUICK = replace(_CPU, settings=(Setting(256, "fp32", compiled=False, rounds=3),), quantiser_rounds=20)
+_GPU = Place(
+    device=torch.device("cuda"),
+    batch=8,
+    context=1024,
+    settings=(
+        *(Setting(d, "bf16", compiled=False, rounds=10) for d in (1024, 2048, 4096)),
+        Setting(4096, "bf16", compiled=True, rounds=10),
+    ),
+    steps_ahead=2,
+    quantiser_bytes=256 << 20,
+    quantiser_rounds=20,
+)
+
+
 def bench_storage(*, quick: bool) -> dict[str, Any]:
     """A row for each storage and setting; ``refused``: what serves none, and why; ``quantiser``: its speed.
 
@@ -51,61 +96,69 @@ def bench_storage(*, quick: bool) -> dict[str, Any]:
     on the device after forward; peak bytes the most of these in backward, with what a rerun brings back, without
     gradients and temporaries. Ratios are of minima over rounds.
     """
-    if quick:
-        settings = [Setting(256, "fp32", compiled=False, rounds=3)]
-    else:
-        settings = [
-            Setting(d, dtype, compiled, rounds)
-            for d, rounds in ROUNDS.items()
-            for dtype in DTYPES
-            for compiled in ((False, True) if d == COMPILED_WIDTH else (False,))
-        ]
+    place = _QUICK if quick else _GPU if torch.cuda.is_available() else _CPU
     rows: list[dict[str, Any]] = []
     refused: list[dict[str, Any]] = []
-    for setting in settings:
+    for setting in place.settings:
         progress(f"d={setting.d} {setting.dtype}{' compiled' if setting.compiled else ''}")
-        result = on_ranks(_measure, 1, **asdict(setting))
+        result = on_ranks(_measure, 1, setting=setting, place=place)
         rows += result["rows"]
         refused += result["refused"]
-    quantiser = quantiser_rows(rounds=20 if quick else 200)
-    return record("storage", rows, tokens=BATCH * CONTEXT, blocks=DEPTH, refused=refused, quantiser=quantiser)
+    quantiser = quantiser_rows(place.device, place.quantiser_bytes, place.quantiser_rounds)
+    return record(
+        "storage",
+        rows,
+        device=place.device.type,
+        tokens=place.tokens,
+        blocks=DEPTH,
+        refused=refused,
+        quantiser=quantiser,
+    )
 
 
-def _measure(rank: int, d: int, dtype: str, compiled: bool, rounds: int) -> dict[str, Any]:
-    stack = _Stack(d, DTYPES[dtype], compiled=compiled)
-    place = {"d": d, "dtype": dtype, "compiled": compiled}
+def _measure(rank: int, setting: Setting, place: Place) -> dict[str, Any]:
+    stack = _Stack(setting, place)
+    of = {"d": setting.d, "dtype": setting.dtype, "compiled": setting.compiled}
     arms: dict[str, _Arm] = {}
     refused = []
     for name in STORAGES:
         try:
             arms[name] = _Arm(name, stack)
         except StorageError as error:
-            refused.append({"storage": name, **place, "reason": str(error)})
-    for number in range(rounds):
+            refused.append({"storage": name, **of, "reason": str(error)})
+    for number in range(setting.rounds):
         names = list(arms)
         for name in names[number % len(names) :] + names[: number % len(names)]:
             arms[name].timed_step()
-        if rounds > 3:
-            progress(f"round {number + 1} of {rounds}")
-    return {"rows": [arms[name].row(arms["keep"], place) for name in arms], "refused": refused}
+        if setting.rounds > 3:
+            progress(f"round {number + 1} of {setting.rounds}")
+    return {"rows": [arms[name].row(arms["keep"], of) for name in arms], "refused": refused}
 
 
 class _Stack:
     """The blocks, their input [batch, context, d] and the gradient of their output."""
 
-    def __init__(self, d: int, dtype: torch.dtype, *, compiled: bool) -> None:
+    def __init__(self, setting: Setting, place: Place) -> None:
         torch.manual_seed(0)
-        dropout = 0.0 if compiled else DROPOUT
         model = load_text_model().GPT(
-            vocabulary=1, context=CONTEXT, width=d, layers=DEPTH, heads=d // HEAD_WIDTH, dropout=dropout
+            vocabulary=1,
+            context=place.context,
+            width=setting.d,
+            layers=DEPTH,
+            heads=setting.d // HEAD_WIDTH,
+            dropout=0.0 if setting.compiled else DROPOUT,
         )
-        self.blocks: list[nn.Module] = list(model.blocks.to(dtype))
-        if compiled:
+        to: dict[str, Any] = {"device": place.device, "dtype": DTYPES[setting.dtype]}
+        self.blocks: list[nn.Module] = list(model.blocks.to(**to))
+        if setting.compiled:
             for block in self.blocks:
                 block.compile()
-        self.input = torch.randn(BATCH, CONTEXT, d, dtype=dtype, requires_grad=True)
-        self.output_gradient = torch.randn(BATCH, CONTEXT, d, dtype=dtype)
+        shape = place.batch, place.context, setting.d
+        self.input = torch.randn(*shape, **to, requires_grad=True)
+        self.output_gradient = torch.randn(*shape, **to)
         self.parameters = [parameter for block in self.blocks for parameter in block.parameters()]
+        self.clock = DeviceClock(place.device)
+        self.steps_ahead = place.steps_ahead
 
 
 class _Arm:
@@ -127,17 +180,21 @@ class _Arm:
         self._held_bytes, self._peak_bytes = self._count_bytes()
 
     def timed_step(self) -> None:
-        started = time.perf_counter()
+        for _ in range(self._stack.steps_ahead):
+            self._step()
+        clock = self._stack.clock
+        started = clock.mark()
         output = self._forward()
-        middle = time.perf_counter()
+        middle = clock.mark()
         self._backward(output)
-        self._forward_seconds.append(middle - started)
-        self._backward_seconds.append(time.perf_counter() - middle)
+        end = clock.mark()
+        self._forward_seconds.append(clock.wait(started, middle))
+        self._backward_seconds.append(clock.wait(middle, end))
 
-    def row(self, keep: _Arm, place: dict[str, Any]) -> dict[str, Any]:
+    def row(self, keep: _Arm, of: dict[str, Any]) -> dict[str, Any]:
         return {
             "storage": self._name,
-            **place,
+            **of,
             "held_fraction": self._held_bytes / keep._held_bytes,
             "peak_fraction": self._peak_bytes / keep._peak_bytes,
             "forward_ratio": min(self._forward_seconds) / min(keep._forward_seconds),

@@ -45,7 +45,7 @@ class HostPool:
             return None
         self.allocated_bytes += key[0]
         self.allocations += 1
-        return torch.empty(key[0], dtype=torch.uint8, pin_memory=device.type != "cpu")
+        return torch.empty(key[0], dtype=torch.uint8, device="cpu", pin_memory=device.type != "cpu")
 
     def give(self, buffer: torch.Tensor, device: torch.device) -> None:
         """Take a buffer back."""

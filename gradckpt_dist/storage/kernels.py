@@ -27,16 +27,15 @@ from torch import Tensor
 GROUP = 128
 LANES = 16
 CHUNK = GROUP * LANES
+OPTIONS: dict[str, Any] = {"pick_loop_orders": False}
+"""For torch.compile when it compiles the quantising: keep the loops in order, so that a GPU reads a chunk once, too."""
 CPU_OPTIONS: dict[str, Any] = {
+    **OPTIONS,
     "cpp.enable_floating_point_contract_flag": "fast",
-    "pick_loop_orders": False,
     "realize_acc_reads_threshold": 32,
     "realize_opcount_threshold": 256,
 }
-"""For torch.compile when it compiles the quantising for a CPU: keep the loops in order, and a word's codes in one.
-
-And multiply and add at once, which rounds once less.
-"""
+"""On a CPU, keep a word's codes in one loop, too, and multiply and add at once, which rounds once less."""
 _SMALLEST_SCALE = 2.0**-126
 """The smallest normal number, whose inverse is finite: constant groups have it too."""
 _MOST_STEPS = 32767
@@ -115,6 +114,26 @@ def quantise4(x: Tensor, seed: Tensor) -> Packed:
 def dequantise4(codes: Tensor, *grid: Tensor) -> Tensor:
     """The values of ``quantise4``, [chunks, 128, 16] in the dtype that they had."""
     return _values(_codes(codes, 4), grid)
+
+
+def spread8(codes: Tensor, *grid: Tensor) -> Tensor:
+    """What ``dequantise8`` gives, for a GPU: a thread for each value, beside those of its neighbours in memory."""
+    return _spread_values(_spread_codes(codes, 8), grid)
+
+
+def spread6(first: Tensor, second: Tensor, third: Tensor, *grid: Tensor) -> Tensor:
+    """What ``dequantise6`` gives, as ``spread8`` does it."""
+    words = [_spread(word) for word in (first, second, third)]
+    number = _numbers(16, first)
+    word = torch.where(number < 5, words[0], torch.where(number < 10, words[1], words[2]))
+    place = torch.where(number < 5, number, torch.where(number < 10, number - 5, number - 10))
+    last = words[0] >> 30 & 3 | (words[1] >> 30 & 3) << 2 | (words[2] >> 30 & 3) << 4
+    return _spread_values(torch.where(number < 15, word >> place * 6 & 63, last), grid)
+
+
+def spread4(codes: Tensor, *grid: Tensor) -> Tensor:
+    """What ``dequantise4`` gives, as ``spread8`` does it."""
+    return _spread_values(_spread_codes(codes, 4), grid)
 
 
 def marks(packed: Packed) -> Tensor:
@@ -208,6 +227,25 @@ def _values(codes: list[Tensor], grid: Packed) -> Tensor:
     origin, scale = grid if len(grid) == 2 else _unpacked_grid(*grid)
     origin, scale = origin[:, None], scale[:, None]
     return torch.stack([_value(code, origin, scale) for code in codes], 2).view(-1, GROUP, LANES)
+
+
+def _spread(words: Tensor) -> Tensor:
+    """[chunks, words, 1, 16], of which [chunks, words, values of a word, 16] is made."""
+    return words.transpose(1, 2)[:, :, None]
+
+
+def _numbers(count: int, words: Tensor) -> Tensor:
+    """The values of a word by number, [1, 1, count, 1]."""
+    return torch.arange(count, dtype=torch.int32, device=words.device)[None, None, :, None]
+
+
+def _spread_codes(words: Tensor, bits: int) -> Tensor:
+    return _spread(words) >> _numbers(32 // bits, words) * bits & (1 << bits) - 1
+
+
+def _spread_values(codes: Tensor, grid: Packed) -> Tensor:
+    origin, scale = grid if len(grid) == 2 else _unpacked_grid(*grid)
+    return _value(codes, origin[:, None, None], scale[:, None, None]).view(-1, GROUP, LANES)
 
 
 def _unpacked_grid(word: Tensor) -> Packed:

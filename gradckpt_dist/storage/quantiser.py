@@ -86,32 +86,41 @@ def unpack(packed: kernels.Packed, bits: int, shape: torch.Size) -> Tensor:
     return (chunks.view(-1)[: shape.numel()] if padded else chunks).view(shape)
 
 
+@dataclass(frozen=True)
+class _Source:
+    """A function of ``kernels``, and what torch.compile is told about it."""
+
+    function: Callable[..., Any]
+    options: dict[str, Any] | None = None
+
+
 class _Kernel:
     """A function of ``kernels``, compiled at its first call there; eager if that fails, and for one chunk."""
 
     _warned = False
 
-    def __init__(self, function: Callable[..., Any], cpu_options: dict[str, Any] | None = None) -> None:
-        self._function = function
-        self._cpu_options = cpu_options
+    def __init__(self, on_cpu: _Source, elsewhere: _Source) -> None:
+        self._on_cpu = on_cpu
+        self._elsewhere = elsewhere
         self._compiled: dict[tuple[Any, ...], DirectKernel] = {}
         self._eager = False
 
     def __call__(self, first: Tensor, *others: Tensor) -> Any:
+        source = self._on_cpu if first.is_cpu else self._elsewhere
         # torch.compile would make a graph of its own for sizes of 0 and 1.
         if self._eager or first.shape[0] < 2:
-            return self._function(first, *others)
+            return source.function(first, *others)
         try:
             key = (first.device, first.dtype, *(other.dtype for other in others))
             if key not in self._compiled:
-                self._compiled[key] = _compile(self._function, self._cpu_options if first.is_cpu else None)
+                self._compiled[key] = _compile(source)
             return self._compiled[key](first, *others)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             self._eager = True
             self._warn(error)
-            return self._function(first, *others)
+            return source.function(first, *others)
 
     @classmethod
     def _warn(cls, error: Exception) -> None:
@@ -126,10 +135,10 @@ class _Kernel:
             )
 
 
-def _compile(function: Callable[..., Any], options: dict[str, Any] | None) -> DirectKernel:
+def _compile(source: _Source) -> DirectKernel:
     if torch._dynamo.config.disable:
         raise RuntimeError("it has been disabled")
-    return DirectKernel(function, options)
+    return DirectKernel(source.function, source.options)
 
 
 @dataclass(frozen=True)
@@ -140,10 +149,17 @@ class _Pair:
     dequantise: _Kernel
 
 
+def _pair(quantise: Callable[..., Any], dequantise: Callable[..., Any], spread: Callable[..., Any]) -> _Pair:
+    return _Pair(
+        quantise=_Kernel(_Source(quantise, kernels.CPU_OPTIONS), _Source(quantise, kernels.OPTIONS)),
+        dequantise=_Kernel(_Source(dequantise), _Source(spread)),
+    )
+
+
 _KERNELS = {
-    8: _Pair(_Kernel(kernels.quantise8, kernels.CPU_OPTIONS), _Kernel(kernels.dequantise8)),
-    6: _Pair(_Kernel(kernels.quantise6, kernels.CPU_OPTIONS), _Kernel(kernels.dequantise6)),
-    4: _Pair(_Kernel(kernels.quantise4, kernels.CPU_OPTIONS), _Kernel(kernels.dequantise4)),
+    8: _pair(kernels.quantise8, kernels.dequantise8, kernels.spread8),
+    6: _pair(kernels.quantise6, kernels.dequantise6, kernels.spread6),
+    4: _pair(kernels.quantise4, kernels.dequantise4, kernels.spread4),
 }
 
 
