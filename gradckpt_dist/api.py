@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from gradckpt_dist.adapters import Adapter, adapter_of, follow_join
 from gradckpt_dist.agreement import create_agreement
 from gradckpt_dist.blocks import Block
+from gradckpt_dist.boundary import stepping
 from gradckpt_dist.config import Complete, Config
 from gradckpt_dist.cost.kind import kinds_of
 from gradckpt_dist.engine import Engine
@@ -43,7 +44,8 @@ def enable(
     the one inside. ``config`` is a ``Config``, its keys, a file with a ``gradckpt`` section, or None: then the section
     in the framework's own configuration, or the file that ``GRADCKPT_CONFIG`` names, or else the defaults. ``blocks``
     gives names or globs in place of ``config.blocks``. ``process_group`` is the domain (default: as the model
-    says, or all ranks). ``optimizer`` is the one whose step ends a training step (default: any).
+    says, or all ranks). ``optimizer`` is the one whose step ends a training step (default: any); it may be in a wrapper
+    of Accelerate's or DeepSpeed's.
 
     Raises:
         ConfigError: the configuration cannot be used.
@@ -58,6 +60,7 @@ def enable(
     try:
         settings = _settings(config, adapter, model)
         found = _blocks(model, settings, blocks, adapter)
+        optimizer = None if optimizer is None else stepping(optimizer)
     except GradckptError as raised:
         error = raised
     device = _device(model)

@@ -14,6 +14,8 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable would impor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from gradckpt_dist.errors import ConfigError
+
 logger = logging.getLogger("gradckpt_dist")
 
 _FORWARDS_WITHOUT_STEP = 256
@@ -111,6 +113,23 @@ class StepBoundary:
             self._stepped = True
             self._fewest_forwards = min(self._fewest_forwards, self._forwards_since_step)
             self._listener.end_step()
+
+
+def stepping(optimizer: Any) -> Optimizer:
+    """The optimizer inside of the wrappers of Accelerate and DeepSpeed, which take no hooks.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    inner = optimizer
+    while not hasattr(inner, "_optimizer_step_post_hooks") and hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    if not (isinstance(inner, Optimizer) and hasattr(inner, "_optimizer_step_post_hooks")):
+        raise ConfigError(
+            f"optimizer: a {type(optimizer).__name__} is not allowed; give a torch.optim.Optimizer, or a wrapper that "
+            "has one as its attribute `optimizer`, or leave it out: then any optimizer's step counts"
+        )
+    return inner
 
 
 class _Hook:

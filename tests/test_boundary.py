@@ -8,6 +8,7 @@ import io
 import logging
 import weakref
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
 import gradckpt_dist
+from gradckpt_dist import ConfigError
 from gradckpt_dist.boundary import StepBoundary
 
 
@@ -126,6 +128,15 @@ def test_only_a_given_optimizer_counts(model: nn.Module) -> None:
     _micro_batch(model)
     assert events.take() == FIRST
     boundary.remove()
+
+
+def test_what_is_no_optimizer_is_an_error_and_changes_nothing() -> None:
+    model = build()
+    before = instance_state(model)
+    for wrong in (model, SimpleNamespace(optimizer=None)):
+        with pytest.raises(ConfigError, match=r"optimizer: a \w+ is not allowed; give a torch.optim.Optimizer"):
+            gradckpt_dist.enable(model, optimizer=wrong)
+    assert instance_state(model) == before
 
 
 @pytest.mark.parametrize(

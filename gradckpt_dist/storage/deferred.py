@@ -70,10 +70,9 @@ class Place:
         """Whether its storage was written to since it was saved."""
         return self._check.changed
 
-    @property
-    def idle(self) -> bool:
+    def is_idle(self, identity: int) -> bool:
         """Whether the sample is all that is left of its storage outside of autograd: nothing will read or write it."""
-        return self.sample is not None and _uses(self.sample) <= _least_uses()
+        return self.sample is not None and torch._C._storage_Use_Count(identity) <= _least_uses()
 
     @property
     def sample_bytes(self) -> int:
@@ -219,7 +218,7 @@ class DeferredCall:
         found = []
         for key in list(self._in_use):
             place = self._places[key][1]()
-            if place is not None and not place.idle:
+            if place is not None and not place.is_idle(key[0]):
                 continue
             del self._in_use[key]
             if place is not None:
@@ -291,14 +290,11 @@ def refuse_double_backward(name: str) -> None:
         )
 
 
-def _uses(tensor: Tensor) -> int:
-    """References to its storage: those of tensors, and of the Python object that stands for the storage."""
-    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-
-
 @cache
 def _least_uses() -> int:
-    return _uses(torch.empty(1))
+    """How many references a storage has that one tensor has."""
+    tensor = torch.empty(1)
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
 
 def _key(tensor: Tensor) -> Key:

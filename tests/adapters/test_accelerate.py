@@ -27,7 +27,7 @@ STEPS, MORE_STEPS = 12, 5
 
 def _ours(framework: str, **options: Any) -> tuple[Run, Engine]:
     run = Run(framework, **options)
-    return run, gradckpt_dist.enable(run.model, CONFIG)
+    return run, gradckpt_dist.enable(run.model, CONFIG, optimizer=run.optimizer)
 
 
 def _everywhere(value: Any) -> list[Any]:
