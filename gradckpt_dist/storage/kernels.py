@@ -118,22 +118,12 @@ def dequantise4(codes: Tensor, *grid: Tensor) -> Tensor:
 
 def spread8(codes: Tensor, *grid: Tensor) -> Tensor:
     """What ``dequantise8`` gives, for a GPU: a thread for each value, beside those of its neighbours in memory."""
-    return _spread_values(_spread_codes(codes, 8), grid)
-
-
-def spread6(first: Tensor, second: Tensor, third: Tensor, *grid: Tensor) -> Tensor:
-    """What ``dequantise6`` gives, as ``spread8`` does it."""
-    words = [_spread(word) for word in (first, second, third)]
-    number = _numbers(16, first)
-    word = torch.where(number < 5, words[0], torch.where(number < 10, words[1], words[2]))
-    place = torch.where(number < 5, number, torch.where(number < 10, number - 5, number - 10))
-    last = words[0] >> 30 & 3 | (words[1] >> 30 & 3) << 2 | (words[2] >> 30 & 3) << 4
-    return _spread_values(torch.where(number < 15, word >> place * 6 & 63, last), grid)
+    return _spread_values(codes, 8, grid)
 
 
 def spread4(codes: Tensor, *grid: Tensor) -> Tensor:
     """What ``dequantise4`` gives, as ``spread8`` does it."""
-    return _spread_values(_spread_codes(codes, 4), grid)
+    return _spread_values(codes, 4, grid)
 
 
 def marks(packed: Packed) -> Tensor:
@@ -229,21 +219,9 @@ def _values(codes: list[Tensor], grid: Packed) -> Tensor:
     return torch.stack([_value(code, origin, scale) for code in codes], 2).view(-1, GROUP, LANES)
 
 
-def _spread(words: Tensor) -> Tensor:
-    """[chunks, words, 1, 16], of which [chunks, words, values of a word, 16] is made."""
-    return words.transpose(1, 2)[:, :, None]
-
-
-def _numbers(count: int, words: Tensor) -> Tensor:
-    """The values of a word by number, [1, 1, count, 1]."""
-    return torch.arange(count, dtype=torch.int32, device=words.device)[None, None, :, None]
-
-
-def _spread_codes(words: Tensor, bits: int) -> Tensor:
-    return _spread(words) >> _numbers(32 // bits, words) * bits & (1 << bits) - 1
-
-
-def _spread_values(codes: Tensor, grid: Packed) -> Tensor:
+def _spread_values(words: Tensor, bits: int, grid: Packed) -> Tensor:
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
+    codes = words.transpose(1, 2)[:, :, None] >> shifts[:, None] & (1 << bits) - 1
     origin, scale = grid if len(grid) == 2 else _unpacked_grid(*grid)
     return _value(codes, origin[:, None, None], scale[:, None, None]).view(-1, GROUP, LANES)
 

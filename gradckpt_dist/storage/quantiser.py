@@ -149,16 +149,17 @@ class _Pair:
     dequantise: _Kernel
 
 
-def _pair(quantise: Callable[..., Any], dequantise: Callable[..., Any], spread: Callable[..., Any]) -> _Pair:
+def _pair(quantise: Callable[..., Any], dequantise: Callable[..., Any], elsewhere: Callable[..., Any]) -> _Pair:
+    """``elsewhere``: what dequantises on another device than a CPU."""
     return _Pair(
         quantise=_Kernel(_Source(quantise, kernels.CPU_OPTIONS), _Source(quantise, kernels.OPTIONS)),
-        dequantise=_Kernel(_Source(dequantise), _Source(spread)),
+        dequantise=_Kernel(_Source(dequantise), _Source(elsewhere)),
     )
 
 
 _KERNELS = {
     8: _pair(kernels.quantise8, kernels.dequantise8, kernels.spread8),
-    6: _pair(kernels.quantise6, kernels.dequantise6, kernels.spread6),
+    6: _pair(kernels.quantise6, kernels.dequantise6, kernels.dequantise6),
     4: _pair(kernels.quantise4, kernels.dequantise4, kernels.spread4),
 }
 
