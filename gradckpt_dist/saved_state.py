@@ -90,7 +90,7 @@ class SavedState:
         """
         if self.window is None:
             return None
-        window = Window(**self.window | {"sums": torch.tensor(self.window["sums"], dtype=torch.float64)})
+        window = Window(**self.window | {"sums": torch.tensor(self.window["sums"], dtype=torch.float64, device="cpu")})
         if rank:
             window.sums.zero_()
         if ranks != self.ranks:

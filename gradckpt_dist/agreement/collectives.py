@@ -85,12 +85,11 @@ class _HostCopy:
     """A tensor on its way to the host: reading it waits for what was queued before, and not for what has been since."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self._event = None
+        self._tensor, self._event = tensor, None
         if not tensor.is_cpu:
-            device = torch.get_device_module(tensor.device)
-            tensor = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-            self._event = device.current_stream().record_event()
-        self._tensor = tensor
+            self._tensor = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+            stream = torch.get_device_module(tensor.device).current_stream(tensor.device)
+            self._event = stream.record_event()
 
     def tolist(self) -> list[float]:
         if self._event is not None:

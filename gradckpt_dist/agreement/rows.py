@@ -27,7 +27,7 @@ class SparseRows:
         taken = self._taken(rows)
         if taken:
             table = vector[self._start : end].view(self._rows, self._width)
-            index = torch.tensor(taken).to(vector.device, non_blocking=True)
+            index = torch.tensor(taken, device="cpu").to(vector.device, non_blocking=True)
             packed[: len(taken)] = table.index_select(0, index)
         return torch.cat([vector[: self._start], packed.flatten(), vector[end:]])
 

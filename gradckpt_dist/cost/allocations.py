@@ -21,8 +21,7 @@ class Allocations:
     PyTorch's current profiler (torch 2.13) writes two lines to stderr whenever it is used; the one before it does not,
     and may be gone from a later release. Then, on devices but the CPU and CUDA, and beside a profiler of the user's,
     nothing is recorded. What is freed inside has to be from inside, too, or from the recording before: else it counts
-    if its address was another tensor's in an earlier recording. Hence Python collects no garbage meanwhile. Not yet run
-    on a GPU.
+    if its address was another tensor's in an earlier recording. Hence Python collects no garbage meanwhile.
     """
 
     def __init__(self, device: torch.device, *, enabled: bool) -> None:

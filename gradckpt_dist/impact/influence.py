@@ -64,7 +64,7 @@ class InfluenceImpact(NormImpact):
         key = (like.shape[-1], like.dtype, like.device)
         if key not in self._projections:
             generator = torch.Generator().manual_seed(like.shape[-1])
-            signs = torch.randint(2, (like.shape[-1], SKETCH_WIDTH), generator=generator) * 2 - 1
+            signs = torch.randint(2, (like.shape[-1], SKETCH_WIDTH), generator=generator, device="cpu") * 2 - 1
             self._projections[key] = (signs / SKETCH_WIDTH**0.5).to(like.device, like.dtype)
         return self._projections[key]
 

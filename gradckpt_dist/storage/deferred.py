@@ -293,7 +293,7 @@ def refuse_double_backward(name: str) -> None:
 @cache
 def _least_uses() -> int:
     """How many references a storage has that one tensor has."""
-    tensor = torch.empty(1)
+    tensor = torch.empty(1, device="cpu")
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
 

@@ -88,7 +88,7 @@ class CopyCarrier:
 
 
 class StreamCarrier:
-    """For a device with streams: all copies on one stream beside the computation. Not yet run on a GPU.
+    """For a device with streams: all copies on one stream beside the computation.
 
     One stream, so that a buffer is written before it is read, and read before it is written again. Device memory is
     allocated on the computation's stream, whose pool it came from and goes back to.

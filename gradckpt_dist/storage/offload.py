@@ -33,8 +33,7 @@ class Offload(Storage):
     When a block's backward begins, the block that comes after it in backward is fetched, so that at most two are back
     at a time. Parameters, buffers, small and expanded tensors, tensor subclasses but DTensor, and what is not on the
     device of the block's inputs stay as they are; so does what the lane's limit does not admit. Of a DTensor, this
-    rank's part is moved. A graph that is retained after backward stays on the device until it is freed. The path for
-    devices with streams has not yet run on a GPU.
+    rank's part is moved. A graph that is retained after backward stays on the device until it is freed.
     """
 
     name = "offload"
