@@ -1,4 +1,4 @@
-"""``gradckpt bench NAME [--json] [--quick] [--output FILE]``; ``frontier`` has ``--coarse`` and ``--wide``, too."""
+"""``gradckpt bench NAME [--json] [--quick] [--output FILE]``; ``frontier`` and ``overhead`` have ``--wide``, too."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.table import Table
 
 from gradckpt_dist.bench.frontier import bench_frontier, bench_frontier_coarse, bench_frontier_wide, draw_frontier
 from gradckpt_dist.bench.impact import bench_impact
-from gradckpt_dist.bench.overhead import bench_overhead
+from gradckpt_dist.bench.overhead import bench_overhead, bench_overhead_wide
 from gradckpt_dist.bench.planner import bench_planner
 from gradckpt_dist.bench.record import progress, write
 from gradckpt_dist.bench.scale import bench_scale
@@ -39,13 +39,14 @@ BENCHES: dict[str, tuple[Bench, str]] = {
     "storage": (bench_storage, "bytes, seconds and gradient error of every storage, against keep"),
 }
 
-SHORTER: dict[str, tuple[tuple[str, Bench, str], ...]] = {
+OPTIONS: dict[str, tuple[tuple[str, Bench, str], ...]] = {
     "frontier": (
         ("--coarse", bench_frontier_coarse, "fewer budgets and tolerances: in most of an hour"),
         ("--wide", bench_frontier_wide, "full recompute's peak alone, at d = 1024: in most of an hour"),
     ),
+    "overhead": (("--wide", bench_overhead_wide, "at d = 512, which takes a quarter of an hour"),),
 }
-"""Benches that take hours have options between these and ``--quick``."""
+"""Other sizes of a bench; of those that take hours, shorter ones."""
 
 FIGURES: dict[str, Callable[[dict[str, Any], Path], list[Path]]] = {"frontier": draw_frontier}
 """Benches whose object is drawn, beside the file that it is written to."""
@@ -64,8 +65,8 @@ def add_bench_parser(commands: Any) -> None:
         )
         parser.set_defaults(execute=_execute(name), run=run)
         options = parser.add_mutually_exclusive_group()
-        for option, shorter, told in SHORTER.get(name, ()):
-            options.add_argument(option, dest="run", action="store_const", const=shorter, help=told)
+        for option, other, told in OPTIONS.get(name, ()):
+            options.add_argument(option, dest="run", action="store_const", const=other, help=told)
 
 
 def _execute(name: str) -> Callable[[argparse.Namespace], None]:

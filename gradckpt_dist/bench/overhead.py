@@ -8,7 +8,7 @@ the mask, and impact is the gradient norm; in the pair ``probe`` the budget poli
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,12 +23,26 @@ from gradckpt_dist.bench.record import progress, record, summary
 
 RANKS = 2
 INTERVAL = 50
-_QUICK_INTERVAL = 8
 _POLICIES: dict[str, dict[str, Any]] = {
     "norm": {"policy": "static", "every_n": 2},
     "probe": {"policy": "budget", "memory_budget": 0.3, "gradient_tolerance": 0.05},
 }
 _INTERVALS_TO_SETTLE = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Of the model, its batch and the run."""
+
+    width: int
+    batch: int
+    interval: int
+    rounds: int
+
+
+_SMALL = Size(width=128, batch=8, interval=INTERVAL, rounds=8)
+_WIDE = replace(_SMALL, width=512, rounds=4)
+_QUICK = Size(width=128, batch=2, interval=8, rounds=1)
 
 
 def bench_overhead(*, quick: bool) -> dict[str, Any]:
@@ -39,31 +53,40 @@ def bench_overhead(*, quick: bool) -> dict[str, Any]:
     summed over all steps, so that what does not happen in every interval counts. ``plugin_fraction`` is what the
     plugin's own clock at boundaries says, ``probing_fraction`` what the one around probes does.
     """
-    rounds, batch, interval = (1, 2, _QUICK_INTERVAL) if quick else (8, 8, INTERVAL)
+    return _bench(_QUICK if quick else _SMALL)
+
+
+def bench_overhead_wide(*, quick: bool) -> dict[str, Any]:
+    """The same at d = 512: what the loop does by itself takes as long, and training steps take longer."""
+    return _bench(_QUICK if quick else _WIDE)
+
+
+def _bench(size: Size) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     for pair, prefix in (("norm", ""), ("probe", "probe_")):
         progress(f"pair {pair}")
-        result = on_ranks(_measure, RANKS, rounds=rounds, batch=batch, interval=interval, pair=pair)
+        result = on_ranks(_measure, RANKS, size=size, pair=pair)
         rows += result.pop("rows")
         figures |= {f"{prefix}{name}": value for name, value in result.items()}
-    return record("overhead", rows, **figures, steps=rounds * interval, ranks=RANKS, interval=interval)
+    steps = size.rounds * size.interval
+    return record("overhead", rows, **figures, d=size.width, steps=steps, ranks=RANKS, interval=size.interval)
 
 
-def _measure(rank: int, rounds: int, batch: int, interval: int, pair: str) -> dict[str, Any]:
-    plugin, pinned = (_Replica(batch, interval, _POLICIES[pair]) for _ in range(2))
+def _measure(rank: int, size: Size, pair: str) -> dict[str, Any]:
+    plugin, pinned = (_Replica(size, _POLICIES[pair]) for _ in range(2))
     pinned.engine.set_mask(pinned.engine.mask.storages)
     plugin.warm_up(_INTERVALS_TO_SETTLE)
     pinned.warm_up(1)
     plugin_seconds, probing_seconds = plugin.engine.stats()["plugin_seconds"], plugin.probing_seconds
-    for number in range(rounds):
-        for place in range(interval):
+    for number in range(size.rounds):
+        for place in range(size.interval):
             if pinned.engine.mask.storages != plugin.engine.mask.storages:
                 pinned.engine.set_mask(plugin.engine.mask.storages)
             for replica in (plugin, pinned) if (number + place) % 2 else (pinned, plugin):
                 replica.timed_step()
         if rank == 0:
-            progress(f"round {number + 1} of {rounds}")
+            progress(f"round {number + 1} of {size.rounds}")
     plugin_seconds = plugin.engine.stats()["plugin_seconds"] - plugin_seconds
     probing_seconds = plugin.probing_seconds - probing_seconds
     return {
@@ -82,8 +105,7 @@ def _measure(rank: int, rounds: int, batch: int, interval: int, pair: str) -> di
 class _Replica:
     """The demo model under DDP with an engine of its own."""
 
-    batch: int
-    interval: int
+    size: Size
     policy: dict[str, Any]
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
@@ -92,11 +114,14 @@ class _Replica:
         module = load_text_model()
         torch.manual_seed(0)
         text = module.read_text(None)
-        model = module.GPT(vocabulary=text.vocabulary, context=128, width=128, layers=6, heads=4, dropout=0.1)
+        width = self.size.width
+        model = module.GPT(
+            vocabulary=text.vocabulary, context=128, width=width, layers=6, heads=max(4, width // 64), dropout=0.1
+        )
         self._model = DistributedDataParallel(model)
         self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        self._windows = text.sample(self.batch, 128, torch.Generator().manual_seed(dist.get_rank()))
-        config = {**self.policy, "interval": self.interval, "warmup_steps": 0}
+        self._windows = text.sample(self.size.batch, 128, torch.Generator().manual_seed(dist.get_rank()))
+        config = {**self.policy, "interval": self.size.interval, "warmup_steps": 0}
         self.engine = enable(self._model, config, optimizer=self._optimizer)
 
     @property
@@ -112,12 +137,13 @@ class _Replica:
         self.cpu_seconds.append(time.process_time() - cpu_started)
 
     def warm_up(self, intervals: int) -> None:
-        for _ in range(intervals * self.interval):
+        for _ in range(intervals * self.size.interval):
             self._step()
 
     def best_interval_seconds(self) -> float:
         """Of an interval, each step at its best."""
-        return sum(min(self.seconds[place :: self.interval]) for place in range(self.interval))
+        interval = self.size.interval
+        return sum(min(self.seconds[place::interval]) for place in range(interval))
 
     def _step(self) -> None:
         self._optimizer.zero_grad()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from gradckpt_dist.impact.norm import NormImpact, square, watched_tensors
+from gradckpt_dist.impact.norm import NormImpact, SquareSums, watched_tensors
 from gradckpt_dist.storage.parts import share_of, tokens_of
 
 SKETCH_WIDTH = 32
@@ -49,7 +49,7 @@ class InfluenceImpact(NormImpact):
         for leaf in watched_tensors(output):
             source = next((tensor for tensor in tensors if _alike(tensor, leaf)), None)
             tokens = None if source is None else tokens_of(source)
-            passage = _Passage(self._step[1:, index], None if tokens is None else self._sketch(tokens))
+            passage = _Passage(self._step, index, None if tokens is None else self._sketch(tokens))
             leaf.register_hook(passage.leave)  # type: ignore[no-untyped-call]
             if source is not None and source.requires_grad and source is not leaf:
                 source.register_hook(passage.arrive)  # type: ignore[no-untyped-call]
@@ -57,8 +57,9 @@ class InfluenceImpact(NormImpact):
     @torch.no_grad()
     def _sketch(self, source: torch.Tensor) -> torch.Tensor:
         """[tokens, SKETCH_WIDTH]; each token's expected squared norm is 1."""
-        tokens = torch.nn.functional.normalize(source.detach().flatten(0, -2), dim=-1)
-        return tokens @ self._projection(source)
+        tokens = source.detach().flatten(0, -2)
+        norms = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True)
+        return (tokens @ self._projection(source)).div_(norms.clamp_min_(torch.finfo(norms.dtype).tiny))
 
     def _projection(self, like: torch.Tensor) -> torch.Tensor:
         key = (like.shape[-1], like.dtype, like.device)
@@ -93,10 +94,11 @@ class _Passage:
     each other's.
     """
 
-    __slots__ = ("_cells", "_grad", "_sketch")
+    __slots__ = ("_block", "_grad", "_sketch", "_sums")
 
-    def __init__(self, cells: torch.Tensor, sketch: torch.Tensor | None) -> None:
-        self._cells = cells
+    def __init__(self, sums: SquareSums, block: int, sketch: torch.Tensor | None) -> None:
+        self._sums = sums
+        self._block = block
         self._sketch = sketch
         self._grad: torch.Tensor | None = None
 
@@ -106,10 +108,10 @@ class _Passage:
         sketch, self._sketch = self._sketch, None
         tokens = None if sketch is None else tokens_of(grad)
         if sketch is None or tokens is None or tokens.numel() // tokens.shape[-1] != len(sketch):
-            self._cells[0].add_(square(grad, self._cells))
+            self._sums.add(1, self._block, grad)
             return
-        signal = square(tokens.flatten(0, -2).mT.to(sketch.dtype) @ sketch, self._cells)
-        self._cells[0].add_(signal / share_of(grad)[1])
+        signal = tokens.flatten(0, -2).mT.to(sketch.dtype) @ sketch
+        self._sums.add(1, self._block, signal, copies=share_of(grad)[1])
         self._grad = grad
 
     @torch.no_grad()
@@ -117,5 +119,5 @@ class _Passage:
         """At the input."""
         behind, self._grad = self._grad, None
         if behind is not None and _alike(grad, behind):
-            self._cells[1].add_(square(grad - behind, self._cells))
-            self._cells[2].add_(square(grad, self._cells))
+            self._sums.add(2, self._block, grad - behind)
+            self._sums.add(3, self._block, grad)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -25,25 +26,24 @@ class NormImpact(Impact):
 
     def __init__(self, blocks: int, device: torch.device) -> None:
         super().__init__(blocks, device)
-        # MPS has no float64.
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._step = torch.zeros(self.fields, blocks, dtype=dtype, device=device)
-        self._window = torch.zeros(self.fields * blocks + 2, dtype=dtype, device=device)
+        self._step = SquareSums(self.fields, blocks, device)
+        self._window = torch.zeros(self.fields * blocks + 2, dtype=accurate(device), device=device)
 
     def watch(self, index: int, output: Any, inputs: Any = ()) -> None:
         for leaf in watched_tensors(output):
-            leaf.register_hook(_AddSquare(self._step[0, index]))  # type: ignore[no-untyped-call]
+            leaf.register_hook(_AddSquare(self._step, index))  # type: ignore[no-untyped-call]
 
     def step_scale(self) -> torch.Tensor:
-        return self._step[0].mean()
+        return self._step.values()[0].mean()
 
     def step_values(self) -> torch.Tensor:
-        mean = self.step_scale()
-        usable = torch.isfinite(self._step).all() & (mean > 0)
-        return torch.where(usable, self._step / mean, torch.nan)
+        values = self._step.values()
+        mean = values[0].mean()
+        usable = torch.isfinite(values).all() & (mean > 0)
+        return torch.where(usable, values / mean, torch.nan)
 
     def spoil(self) -> None:
-        self._step.fill_(torch.nan)
+        self._step.fill(math.nan)
 
     def end_step(self) -> None:
         values = self.step_values().flatten()
@@ -51,7 +51,7 @@ class NormImpact(Impact):
         self._window[:-2] += torch.where(usable, values, 0.0)
         self._window[-2] += usable
         self._window[-1] += ~usable
-        self._step.zero_()
+        self._step.fill(0.0)
 
     def take_window(self) -> torch.Tensor:
         window = self._window.clone()
@@ -71,20 +71,63 @@ def square(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
     Of a DTensor this rank's share: summed over the ranks of its mesh, it is the squared norm of the whole.
     """
+    return _norm(tensor).to(like.device, like.dtype).square_()
+
+
+def accurate(device: torch.device) -> torch.dtype:
+    """Float64, which MPS does not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+class SquareSums:
+    """Squared norms, added up in cells [fields, blocks] on the device: all at once, when they are asked for."""
+
+    def __init__(self, fields: int, blocks: int, device: torch.device) -> None:
+        self._sums = torch.zeros(fields * blocks, dtype=accurate(device), device=device)
+        self._blocks = blocks
+        self._found: list[tuple[int, torch.Tensor]] = []
+        self._cells: tuple[tuple[int, ...], torch.Tensor] = (), torch.empty(0, device=device)
+
+    def add(self, field: int, block: int, tensor: torch.Tensor, copies: int = 1) -> None:
+        """The squared norm of a tensor, or of a DTensor this rank's share; a share of it for each of ``copies``."""
+        norm = _norm(tensor)
+        self._found.append((field * self._blocks + block, norm if copies == 1 else norm / copies**0.5))
+
+    def values(self) -> torch.Tensor:
+        """[fields, blocks]; not a copy."""
+        if self._found:
+            cells, norms = zip(*self._found, strict=True)
+            self._found.clear()
+            squares = torch.stack([norm.to(self._sums.device) for norm in norms]).to(self._sums.dtype).square_()
+            self._sums.index_add_(0, self._index(cells), squares)
+        return self._sums.view(-1, self._blocks)
+
+    def fill(self, value: float) -> None:
+        """Set every cell."""
+        self._found.clear()
+        self._sums.fill_(value)
+
+    def _index(self, cells: tuple[int, ...]) -> torch.Tensor:
+        if cells != self._cells[0]:  # the same from step to step
+            self._cells = cells, torch.tensor(cells, device="cpu").to(self._sums.device, non_blocking=True)
+        return self._cells[1]
+
+
+def _norm(tensor: torch.Tensor) -> torch.Tensor:
     part, copies = share_of(tensor)
-    norm = torch.linalg.vector_norm(part, dtype=torch.promote_types(part.dtype, torch.float32))
-    squared: torch.Tensor = norm.to(like.device, like.dtype).square_()
-    return squared if copies == 1 else squared / copies
+    norm: torch.Tensor = torch.linalg.vector_norm(part, dtype=torch.promote_types(part.dtype, torch.float32))
+    return norm if copies == 1 else norm / copies**0.5
 
 
 class _AddSquare:
-    """Adds a gradient's squared norm into one cell. Leaves the gradient as it is."""
+    """Adds a gradient's squared norm to those of one block. Leaves the gradient as it is."""
 
-    __slots__ = ("_cell",)
+    __slots__ = ("_block", "_sums")
 
-    def __init__(self, cell: torch.Tensor) -> None:
-        self._cell = cell
+    def __init__(self, sums: SquareSums, block: int) -> None:
+        self._sums = sums
+        self._block = block
 
     @torch.no_grad()
     def __call__(self, grad: torch.Tensor) -> None:
-        self._cell.add_(square(grad, self._cell))
+        self._sums.add(0, self._block, grad)

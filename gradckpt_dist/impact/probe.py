@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from gradckpt_dist.impact.influence import InfluenceImpact, first_order
-from gradckpt_dist.impact.norm import square
+from gradckpt_dist.impact.norm import accurate, square
 
 Gradients = tuple[Sequence[torch.Tensor | None], Sequence[torch.Tensor | None]]
 """Of a block's parameters, and of its inputs."""
@@ -30,8 +30,7 @@ class ProbeStatistics:
     def __init__(self, blocks: int, lossy: Sequence[str], device: torch.device) -> None:
         self.blocks = blocks
         self.lossy = tuple(lossy)
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._window = torch.zeros(blocks * block_fields(len(lossy)) + 1, dtype=dtype, device=device)
+        self._window = torch.zeros(blocks * block_fields(len(lossy)) + 1, dtype=accurate(device), device=device)
         self._step: list[tuple[int, str, torch.Tensor, torch.Tensor]] = []
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradckpt_dist.impact.norm import square
+from gradckpt_dist.impact.norm import accurate, square
 
 
 class GradientWeights:
@@ -25,10 +25,9 @@ class GradientWeights:
     def __init__(self, root: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> None:
         self._root = root
         self._blocks = list(blocks)
-        dtype = torch.float32 if device.type == "mps" else torch.float64
         self._places: list[list[nn.Parameter]] = []
         self._mesh_size = 1
-        self._window = torch.zeros(len(blocks) + 3, dtype=dtype, device=device)
+        self._window = torch.zeros(len(blocks) + 3, dtype=accurate(device), device=device)
 
     @torch.no_grad()
     def gather(self, scale: torch.Tensor) -> None:
