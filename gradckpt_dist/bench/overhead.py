@@ -2,7 +2,8 @@
 
 Pairs of replicas of the demo model train in the same processes, a step each in turn: one with the whole loop on, one
 with the same mask pinned, which samples, measures and agrees on nothing. In the pair ``norm`` a static policy keeps
-the mask, and impact is the gradient norm; in the pair ``probe`` the budget policy decides, with lossy storages.
+the mask, and impact is the gradient norm; in the pair ``probe`` the budget policy decides, with lossy storages. As in
+the frontier bench, glibc keeps what tensors held: else replicas differ by what it faults in again.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradckpt_dist.api import enable
 from gradckpt_dist.bench.demo_model import load_text_model
+from gradckpt_dist.bench.frontier.memory import KEEPS
 from gradckpt_dist.bench.ranks import on_ranks
 from gradckpt_dist.bench.record import progress, record, summary
 
@@ -67,7 +69,7 @@ def _bench(size: Size) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for pair in size.pairs:
         progress(f"pair {pair}")
-        result = on_ranks(_measure, RANKS, size=size, pair=pair)
+        result = on_ranks(_measure, RANKS, environment=KEEPS, size=size, pair=pair)
         rows += result.pop("rows")
         prefix = "" if pair == "norm" else f"{pair}_"
         figures |= {f"{prefix}{name}": value for name, value in result.items()}

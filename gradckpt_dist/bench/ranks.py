@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import json
 import multiprocessing
+import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,18 @@ from gradckpt_dist.errors import GradckptError
 Worker = Callable[..., dict[str, Any] | None]
 
 
-def on_ranks(worker: Worker, ranks: int, *, start: str = "spawn", **arguments: Any) -> dict[str, Any]:
+def on_ranks(
+    worker: Worker,
+    ranks: int,
+    *,
+    start: str = "spawn",
+    environment: Mapping[str, str] | None = None,
+    **arguments: Any,
+) -> dict[str, Any]:
     """Call ``worker(rank, **arguments)`` in ``ranks`` processes of one thread each; what rank 0 returns.
 
     ``start`` is how multiprocessing starts them; with ``forkserver`` they share one import of the worker's module.
+    ``environment`` is added to their own.
 
     Raises:
         GradckptError: a rank failed; its traceback is on stderr.
@@ -35,8 +45,9 @@ def on_ranks(worker: Worker, ranks: int, *, start: str = "spawn", **arguments: A
             context.Process(target=_run, args=(worker, rank, ranks, folder, arguments), daemon=True)
             for rank in range(ranks)
         ]
-        for process in processes:
-            process.start()
+        with _added(environment or {}):
+            for process in processes:
+                process.start()
         for process in processes:
             process.join()
         failed = [rank for rank, process in enumerate(processes) if process.exitcode]
@@ -44,6 +55,17 @@ def on_ranks(worker: Worker, ranks: int, *, start: str = "spawn", **arguments: A
             raise GradckptError(f"ranks {failed} of the bench failed; see their tracebacks above")
         result: dict[str, Any] = json.loads((Path(folder) / "result.json").read_text(encoding="utf-8"))
         return result
+
+
+@contextmanager
+def _added(environment: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(environment)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _run(worker: Worker, rank: int, ranks: int, folder: str, arguments: dict[str, Any]) -> None:

@@ -75,7 +75,7 @@ _SIZE = Size(width=512, context=128, batch=8, layers=6, head_width=64)
 # Some hours on one core of 2026. Of ours on compiled blocks, what the bars ask for.
 FULL = FrontierPlan(
     size=_SIZE,
-    rounds=30,
+    rounds=20,
     group=30,
     models=tuple(
         ModelPlan(
