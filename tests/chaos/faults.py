@@ -149,7 +149,8 @@ def _poison_samples(engine: Engine, chance: random.Random) -> None:
     end_step = impact.end_step
 
     def poisoned() -> None:
-        impact._step.flatten()[chance.randrange(impact._step.numel())] = chance.choice(POISONS)
+        values = impact._step.values().view(-1)
+        values[chance.randrange(len(values))] = chance.choice(POISONS)
         end_step()
 
     impact.end_step = poisoned

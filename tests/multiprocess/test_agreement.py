@@ -63,7 +63,7 @@ def _disturb(engine: gradckpt_dist.Engine, disturb: str) -> None:
         end_step = impact.end_step
 
         def poisoned() -> None:
-            impact._step.fill_(float(disturb))
+            impact._step.fill(float(disturb))
             end_step()
 
         impact.end_step = poisoned
