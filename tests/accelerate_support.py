@@ -29,20 +29,25 @@ def accelerator(framework: str, dynamo_plugin: TorchDynamoPlugin | None = None, 
     made = Accelerator(cpu=True, dynamo_plugin=dynamo_plugin)
     if framework.startswith("fsdp"):
         version = int(framework[-1])
-        plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=version,
-            auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["Block"],
-            cpu_ram_efficient_loading=False,
-            use_orig_params=True if version == 1 else None,
-            state_dict_type="SHARDED_STATE_DICT",  # gathered ones, offloaded to the CPU, crash FSDP1 there (torch 2.13)
-            **fsdp,
-        )
+        plugin = fsdp_plugin(version, **fsdp)
         # What AcceleratorState() takes over each time that it is asked for.
         PartialState._shared_state |= {"distributed_type": DistributedType.FSDP, "device": torch.device("cpu")}
         made.state.__dict__ |= {**PartialState._shared_state, "fsdp_plugin": plugin}
         assert made.is_fsdp2 == (version == 2)
     return made
+
+
+def fsdp_plugin(version: int, **options: Any) -> FullyShardedDataParallelPlugin:
+    """Accelerate's settings of FSDP1 or FSDP2, each ``Block`` a unit."""
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=version,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["Block"],
+        cpu_ram_efficient_loading=False,
+        use_orig_params=True if version == 1 else None,
+        state_dict_type="SHARDED_STATE_DICT",  # gathered ones, offloaded to the CPU, crash FSDP1 there (torch 2.13)
+        **options,
+    )
 
 
 class Run:

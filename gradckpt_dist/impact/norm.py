@@ -90,8 +90,7 @@ class SquareSums:
 
     def add(self, field: int, block: int, tensor: torch.Tensor, copies: int = 1) -> None:
         """The squared norm of a tensor, or of a DTensor this rank's share; a share of it for each of ``copies``."""
-        norm = _norm(tensor)
-        self._found.append((field * self._blocks + block, norm if copies == 1 else norm / copies**0.5))
+        self._found.append((field * self._blocks + block, _norm(tensor, copies)))
 
     def values(self) -> torch.Tensor:
         """[fields, blocks]; not a copy."""
@@ -113,8 +112,9 @@ class SquareSums:
         return self._cells[1]
 
 
-def _norm(tensor: torch.Tensor) -> torch.Tensor:
-    part, copies = share_of(tensor)
+def _norm(tensor: torch.Tensor, copies: int = 1) -> torch.Tensor:
+    part, alike = share_of(tensor)
+    copies *= alike
     norm: torch.Tensor = torch.linalg.vector_norm(part, dtype=torch.promote_types(part.dtype, torch.float32))
     return norm if copies == 1 else norm / copies**0.5
 

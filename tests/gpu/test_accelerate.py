@@ -13,21 +13,14 @@ SCRIPT = """
 import json, sys
 import torch
 from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate_support import fsdp_plugin
 from text_model import GPT
 from torch.nn import functional
 import gradckpt_dist
 
 torch.use_deterministic_algorithms(True)
 version, precision = int(sys.argv[1]), sys.argv[2]
-plugin = FullyShardedDataParallelPlugin(
-    fsdp_version=version,
-    auto_wrap_policy="transformer_based_wrap",
-    transformer_cls_names_to_wrap=["Block"],
-    cpu_ram_efficient_loading=False,
-    use_orig_params=True if version == 1 else None,
-) if version else None
-accelerator = Accelerator(mixed_precision=precision, fsdp_plugin=plugin)
+accelerator = Accelerator(mixed_precision=precision, fsdp_plugin=fsdp_plugin(version) if version else None)
 config = {"interval": 6, "warmup_steps": 1, "memory_budget": 0.4, "storages": ["keep", "recompute", "selective"]}
 
 def train(ours):
@@ -64,7 +57,7 @@ def test_losses_are_bitwise_those_without_it(version: int, precision: str, tmp_p
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     root = Path(__file__).parents[2]
-    paths = os.pathsep.join([str(root / "launch"), str(root), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(root / "launch"), str(root / "tests"), str(root), os.environ.get("PYTHONPATH", "")])
     done = run_torchrun(script, 1, str(version), precision, PYTHONPATH=paths)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])

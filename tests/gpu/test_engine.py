@@ -80,10 +80,12 @@ def test_sampled_steps_wait_for_nothing() -> None:
     config = CONFIG | {"interval": 40, "memory_budget": 0.4, "gradient_tolerance": 0.05}
     engine = gradckpt_dist.enable(training.model, config)
     training.train(400)
+    decisions = engine.stats()["decisions"]
     torch.cuda.set_sync_debug_mode("error")
     for _ in range(80):
         training.step()
     torch.cuda.set_sync_debug_mode("default")
+    assert engine.stats()["decisions"] > decisions
     engine.disable()
 
 

@@ -71,6 +71,7 @@ def test_the_host_waits_for_nothing(name: str, compiled: bool) -> None:
         gradients(ones, x)
     torch.cuda.set_sync_debug_mode("error")
     run(ones, x).sum().backward()
+    assert x.grad is not None
 
 
 @pytest.mark.parametrize("name", list(STORAGES))
