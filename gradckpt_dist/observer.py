@@ -100,7 +100,7 @@ class Observer:
 
     def gather_gradients(self) -> None:
         """The step's gradients are complete and have not been set to zero yet."""
-        if self._weights is not None:
+        if self._weights is not None and self.sampler.gathers_impact:
             self._weights.gather(self.impact.step_scale())
 
     def end(self) -> None:

@@ -135,11 +135,12 @@ class Prober:
 
     def end(self, impact: Impact) -> None:
         """Close the sampled step, before ``impact`` does."""
+        self._book.end_step()
+        if self._traps:
+            self._statistics.end_step(impact.step_scale(), impact.step_values())
         for trap in self._traps:
             trap.disarm()
         self._traps, self._turns = [], {}
-        self._book.end_step()
-        self._statistics.end_step(impact.step_scale(), impact.step_values())
 
     def end_forward(self) -> None:
         """The model's forward has ended."""

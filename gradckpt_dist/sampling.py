@@ -1,4 +1,8 @@
-"""What is looked at in a sampled step: impact; bytes, in a measured one; one block closely, at a probe's turn."""
+"""What is looked at in a sampled step: impact; bytes, in a measured one; one block closely, at a probe's turn.
+
+Where there are probes, impact is what carries them to other steps and blocks: it is gathered with them, and in measured
+steps. The other sampled steps count tokens alone.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +24,13 @@ class Sampler:
         self._peaks = peaks
         self._prober = prober
         self._ledger: Ledger | None = None
+        self.gathers_impact = False
+        """Whether it is gathered in the step under way."""
 
     def begin(self, *, measured: bool, turns: Sequence[ProbeTurn] = ()) -> None:
         """Start a sampled step; ``measured`` counts bytes too, where saved-tensor hooks are allowed."""
         self._ledger = Ledger(self._impact.blocks) if measured and Ledger.available() else None
+        self.gathers_impact = measured or bool(turns) or self._prober is None
         if self._prober is not None:
             self._prober.begin(turns)
 
@@ -39,13 +46,15 @@ class Sampler:
 
     def spoil(self) -> None:
         """The step's gradients were thrown away, as its loss scale was too high: it teaches nothing."""
-        self._impact.spoil()
+        if self.gathers_impact:
+            self._impact.spoil()
 
     def end(self) -> Measurement | None:
         """Close the sampled step; its bytes if it was measured."""
         if self._prober is not None:
             self._prober.end(self._impact)
-        self._impact.end_step()
+        if self.gathers_impact:
+            self._impact.end_step()
         ledger, self._ledger = self._ledger, None
         return ledger.measurement() if ledger is not None else None
 
@@ -63,5 +72,6 @@ class Sampler:
                 self._peaks.leave_blocks(output)
         if self._prober is not None:
             self._prober.after(index, call, output)
-        self._impact.watch(index, output, (args, kwargs))
+        if self.gathers_impact:
+            self._impact.watch(index, output, (args, kwargs))
         return output

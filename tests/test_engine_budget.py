@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 
 import gradckpt_dist
 from gradckpt_dist import BudgetError, ConfigError, Engine
-from gradckpt_dist.probing import CALIBRATION_VISITS
+from gradckpt_dist.impact.norm import NormImpact
+from gradckpt_dist.probing import CALIBRATION_VISITS, ProbeTurn
+from gradckpt_dist.sampling import Sampler
 from gradckpt_dist.storage.ledger import Ledger
 
 CONFIG: dict[str, Any] = {"interval": 6, "warmup_steps": 1, "memory_budget": 0.4}
@@ -46,6 +49,33 @@ def test_exact_losses_are_bitwise_those_without_it_while_the_mask_moves(tmp_path
     assert all(storage in EXACT for mask in masks for storage in mask)
     assert decisions[-1]["theta"] >= 0
     assert decisions[-1]["relative_error_predicted"] == 0
+
+
+def test_impact_is_gathered_in_measured_steps_and_with_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: dict[int, tuple[bool, int]] = {}
+    watched: set[int] = set()
+    begin, watch = Sampler.begin, NormImpact.watch
+
+    def noted(self: Sampler, *, measured: bool, turns: Sequence[ProbeTurn] = ()) -> None:
+        begun[trainer.steps] = measured, len(turns)
+        begin(self, measured=measured, turns=turns)
+
+    def counted(self: NormImpact, *args: Any) -> None:
+        watched.add(trainer.steps)
+        watch(self, *args)
+
+    monkeypatch.setattr(Sampler, "begin", noted)
+    monkeypatch.setattr(NormImpact, "watch", counted)
+    trainer = Trainer(build())
+    engine = gradckpt_dist.enable(trainer.model, CONFIG | {"interval": 20})
+    trainer.train(200)
+    assert watched == {step for step, (measured, turns) in begun.items() if measured or turns}
+    assert len(watched) < len(begun)
+    prober = engine._observer.prober
+    assert prober is not None
+    assert prober.probes == sum(turns for _, turns in begun.values()) > 2
+    assert engine.stats()["dropped_samples"] == 0
+    engine.disable()
 
 
 def test_half_of_the_way_from_full_recompute_to_keep_is_not_exceeded() -> None:
