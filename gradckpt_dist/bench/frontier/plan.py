@@ -72,7 +72,7 @@ _EAGER_PEERS = ("recompute", "every_2", "every_3", "every_4", "pytorch_sac", "to
 
 _SIZE = Size(width=512, context=128, batch=8, layers=6, head_width=64)
 
-# Some hours on one core of 2026. Of ours on compiled blocks, what the bars ask for.
+# Two hours on one core of 2026. Of ours on compiled blocks, what the bars ask for.
 FULL = FrontierPlan(
     size=_SIZE,
     rounds=20,
