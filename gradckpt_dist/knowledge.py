@@ -15,6 +15,7 @@ from gradckpt_dist.cost.agreed import MOST_BYTES, Costs
 from gradckpt_dist.cost.budget import Budget
 from gradckpt_dist.cost.kind import kinds_of
 from gradckpt_dist.impact import IMPACTS, RunningImpact
+from gradckpt_dist.impact.base import MEMORY, MEMORY_BESIDE_PROBES
 from gradckpt_dist.impact.expected import ExpectedErrors
 from gradckpt_dist.impact.probe import block_fields
 from gradckpt_dist.mask import Mask
@@ -77,7 +78,8 @@ class Knowledge:
     def __init__(self, scope: Scope, budget: Budget) -> None:
         self._scope = scope
         self.budget = budget
-        self.running = RunningImpact(scope.blocks, scope.fields)
+        memory = MEMORY_BESIDE_PROBES if scope.probed else MEMORY
+        self.running = RunningImpact(scope.blocks, scope.fields, memory)
         self.costs = Costs(scope.kinds, scope.storages) if scope.probed else None
         self.errors = ExpectedErrors(scope.kinds, scope.lossy, scope.metric) if scope.probed else None
         self.stored_bytes: dict[str, tuple[int, ...]] = {}

@@ -10,6 +10,9 @@ from typing import Any, ClassVar
 
 import torch
 
+MEMORY, MEMORY_BESIDE_PROBES = 4, 8
+"""Windows that running means are made of; beside probes, a window has about half as many samples."""
+
 LARGEST_SUM = 1e30
 """More than any rank can have gathered; what is made of a larger number might not be finite."""
 
@@ -59,7 +62,7 @@ class RunningImpact:
 
     blocks: int
     fields: int = 1
-    memory: int = 4
+    memory: int = MEMORY
     mean_square: list[float] = field(default_factory=list)
     decisions: int = 0
     dropped_samples: int = 0
