@@ -37,7 +37,7 @@ class Schedule:
         return step >= self.first_decision and (step - self.first_decision) % self.interval == 0
 
     def is_sampled(self, step: int) -> bool:
-        """Whether impact is gathered in this step: ``SAMPLES_PER_WINDOW`` times an interval, evenly spread."""
+        """Whether a ``Sampler`` looks at this step: ``SAMPLES_PER_WINDOW`` times an interval, evenly spread."""
         if step < self.first_decision:
             return step >= self.warmup_steps
         before_decision = self.interval - 1 - (step - self.first_decision) % self.interval

@@ -12,7 +12,7 @@ from gradckpt_dist.impact.norm import accurate, square
 
 
 class GradientWeights:
-    """Gathers ||G_j||^2 on the device, after backward in sampled steps, before the gradients are set to zero.
+    """Gathers ||G_j||^2 on the device, after backward and before the gradients are set to zero.
 
     Places are: parameters registered before those of all blocks (embeddings), each block, and the other parameters
     (the head). A parameter used in two places counts in the first; FSDP1's flat parameter of what is outside of blocks
